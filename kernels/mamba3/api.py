@@ -1,0 +1,142 @@
+"""The public functions: argument checks and the choice of implementation."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+
+from . import reference, xla
+from .inputs import Sequence, Weights, check_inputs
+from .state import Mamba3State
+
+_log = logging.getLogger(__name__)
+_IMPLEMENTATIONS = ("reference", "xla")
+
+
+def mamba3_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    lam: jax.Array,
+    omega: jax.Array,
+    *,
+    b_bias: jax.Array | None = None,
+    c_bias: jax.Array | None = None,
+    mimo_x: jax.Array | None = None,
+    mimo_z: jax.Array | None = None,
+    mimo_o: jax.Array | None = None,
+    d: jax.Array | None = None,
+    z: jax.Array | None = None,
+    norm_weight: jax.Array | None = None,
+    norm_eps: float = 1e-5,
+    initial_state: Mamba3State | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, Mamba3State]:
+    """The Mamba-3 recurrence over a sequence (arXiv 2603.15569, Propositions 1 and 4; MIMO: appendix C).
+
+    Letters: b batch, l length, h heads, p head width, r rank (1 = SISO), g groups, n state width, s angles (2s ≤ n).
+    B and C rotate in coordinate pairs (i, s + i). Gradients flow to every float argument and from every output.
+
+    Args:
+      x: input, [b, l, h, p].
+      dt: step size Δ > 0, [b, l, h].
+      a: decay rate A ≤ 0 per unit of dt, [b, l, h].
+      b: B after its norm, before bias and rotation, [b, l, r, g, n]; head i reads group i // (h/g).
+      c: C likewise, [b, l, r, g, n].
+      lam: trapezoid weight of the current token in [0, 1], [b, l, h]; 1 is exponential Euler.
+      omega: angular rate in radians per unit of dt, [b, l, s] or [b, l, h, s]; s may be 0.
+      b_bias: added to B per head, [h, r, n].
+      c_bias: added to C per head, [h, r, n].
+      mimo_x: input weight per rank, [h, r, p]; None = 1, as for mimo_z and mimo_o.
+      mimo_z: gate weight per rank, [h, r, p].
+      mimo_o: output weight per rank, [h, r, p].
+      d: skip weight, [h].
+      z: gate, [b, l, h, p]; the output is multiplied by silu(z).
+      norm_weight: [h, p]; given, y passes through an RMSNorm over p before the gate.
+      norm_eps: epsilon of that norm.
+      initial_state: state before the first token, as a scan or step returned it; None = zeros.
+      segment_ids: integers, [b, l]; where they change, a new document starts from the zero state. The first token
+        continues `initial_state`.
+      chunk_size: positions per chunk of the chunked implementations; no influence on the result beyond rounding.
+      implementation: "reference" (token by token), "xla" (chunked matrix products), or None for the fastest here.
+      return_state: also return the state after the last token.
+
+    Returns:
+      y [b, l, h, p] in x's dtype, or (y, Mamba3State).
+
+    Raises:
+      ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation.
+      TypeError: an argument that is not floating point.
+    """
+    seq = Sequence(x, dt, a, b, c, lam, omega, z)
+    weights = Weights(b_bias, c_bias, mimo_x, mimo_z, mimo_o, d, norm_weight)
+    check_inputs(seq, weights, initial_state, segment_ids, has_length=True)
+    rank = b.shape[2]
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size}; expected at least 1.")
+    if initial_state is None:
+        initial_state = Mamba3State.zeros(
+            x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype
+        )
+    run = _choose(implementation, {"reference": reference.scan, "xla": functools.partial(xla.scan, chunk_size)})
+    y, state = run(seq, weights, initial_state, segment_ids, norm_eps)
+    return (y, state) if return_state else y
+
+
+def mamba3_step(
+    x: jax.Array,
+    dt: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    lam: jax.Array,
+    omega: jax.Array,
+    state: Mamba3State,
+    *,
+    b_bias: jax.Array | None = None,
+    c_bias: jax.Array | None = None,
+    mimo_x: jax.Array | None = None,
+    mimo_z: jax.Array | None = None,
+    mimo_o: jax.Array | None = None,
+    d: jax.Array | None = None,
+    z: jax.Array | None = None,
+    norm_weight: jax.Array | None = None,
+    norm_eps: float = 1e-5,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Mamba3State]:
+    """One token of the recurrence; arguments as in `mamba3_scan` without the length axis.
+
+    Returns:
+      y [b, h, p] in x's dtype, and the next state. `state.ssm` keeps the dtype it came in.
+
+    Raises:
+      ValueError: a shape that does not fit (the argument is named) or an unknown implementation.
+      TypeError: an argument that is not floating point.
+    """
+    token = Sequence(x, dt, a, b, c, lam, omega, z)
+    weights = Weights(b_bias, c_bias, mimo_x, mimo_z, mimo_o, d, norm_weight)
+    check_inputs(token, weights, state, None, has_length=False)
+    # A single token leaves nothing to chunk: both names run the same code.
+    run = _choose(implementation, {"reference": reference.step, "xla": reference.step})
+    y, new_state = run(token, weights, state, norm_eps)
+    return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
+
+
+def _choose(implementation: str | None, available: dict[str, Callable]) -> Callable:
+    if implementation is None:
+        _log_choice("xla", jax.default_backend())
+        return available["xla"]
+    if implementation not in available:
+        raise ValueError(f"implementation = {implementation!r}; expected None or one of {', '.join(_IMPLEMENTATIONS)}.")
+    return available[implementation]
+
+
+@functools.cache
+def _log_choice(name: str, backend: str) -> None:
+    _log.info("Mamba-3 runs the %r implementation on %s.", name, backend)

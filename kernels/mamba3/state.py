@@ -1,0 +1,35 @@
+"""What the recurrence carries from one token to the next."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Mamba3State(NamedTuple):
+    """State after a token; b batch, h heads, s angles, p head width, n state width, r rank.
+
+    Attributes:
+      angle: phase φ in [0, 2π), [b, h, s], float32 or float64.
+      ssm: H, [b, h, p, n], float32 or float64 (callers may store it narrower).
+      b: the token's B after bias and rotation, [b, h, r, n].
+      x: the token's x before mimo_x, [b, h, p], in the dtype of the input x.
+    """
+
+    angle: jax.Array
+    ssm: jax.Array
+    b: jax.Array
+    x: jax.Array
+
+    @classmethod
+    def zeros(
+        cls, batch: int, heads: int, headdim: int, d_state: int, rank: int, angles: int, x_dtype=jnp.float32
+    ) -> "Mamba3State":
+        """The state before the first token; accumulators are float64 when `x_dtype` is, else float32."""
+        acc = jnp.promote_types(x_dtype, jnp.float32)
+        return cls(
+            angle=jnp.zeros((batch, heads, angles), acc),
+            ssm=jnp.zeros((batch, heads, headdim, d_state), acc),
+            b=jnp.zeros((batch, heads, rank, d_state), acc),
+            x=jnp.zeros((batch, heads, headdim), x_dtype),
+        )

@@ -1,0 +1,1 @@
+"""m3jax: Mamba-3 state space models in JAX."""

@@ -1,0 +1,62 @@
+"""Directories that either exist whole or not at all, whoever is killed when."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from m3jax.errors import DataError
+
+
+def build_once(directory: Path, build: Callable[[Path], None]) -> None:
+    """Makes a directory, unless it is there: built under another name beside it, flushed to disk and renamed.
+
+    Processes that want the same directory at the same time wait for the first one; what a killed one left is removed.
+
+    Args:
+      directory: the directory that is wanted.
+      build: fills the empty directory that it is given.
+
+    Raises:
+      DataError: the file system refuses, for example because it is full; nothing is left behind.
+    """
+    if directory.exists():
+        return
+    partial = directory.with_name(f".{directory.name}.partial")
+    lock = directory.with_name(f".{directory.name}.lock")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            try:
+                if not directory.exists():
+                    _build(directory, partial, build)
+            finally:
+                lock.unlink(missing_ok=True)  # whoever waits for it notices and makes a new one
+    except OSError as error:
+        raise DataError(
+            f"Cannot write {error.filename or directory}: {error.strerror or error}. "
+            "The cache of tokenised text is at config.data.cache_dir."
+        ) from error
+
+
+def _build(directory: Path, partial: Path, build: Callable[[Path], None]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial)
+        _flush(partial)
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,85 @@
+"""The language model: embedding, layers under one scan, final norm, head tied to the embedding."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from m3jax.config import ModelConfig
+from m3jax.kernels import Mamba3State
+from m3jax.models import mamba3
+from m3jax.models.block import Block
+from m3jax.models.norm import RMSNorm
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class LanguageModel(nn.Module):
+    """A causal language model. b batch, l length, V = config.padded_vocab_size.
+
+    Parameters of the layers are stacked: every leaf under "layers" has n_layers as its first axis; so has the decode
+    state. `initial_state` needs no parameters; the other methods are called through `apply`.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        """Builds the submodules."""
+        m = self.config
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), (m.padded_vocab_size, m.d_model), m.param_dtype
+        )
+        block = Block
+        if m.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[m.remat], prevent_cse=False)  # inside a scan
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=m.n_layers,
+        )(m)
+        self.norm = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype))
+
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token at every position: tokens [b, l] → [b, l, V], float32 or better."""
+        return self.logits(self.hidden(tokens, segment_ids))
+
+    def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """What the head sees: tokens [b, l] → [b, l, d_model]; documents (segment_ids [b, l]) do not see each other."""
+        x, _ = self.layers(self._embed(tokens), segment_ids, None)
+        return self.norm(x)
+
+    def prefill(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: Mamba3State | None = None
+    ) -> tuple[jax.Array, Mamba3State]:
+        """Like `hidden`, from `state` (None = zero) on, and returns the state after the last token too."""
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
+        x, state = self.layers(self._embed(tokens), segment_ids, state)
+        return self.norm(x), state
+
+    def step(self, token: jax.Array, state: Mamba3State) -> tuple[jax.Array, Mamba3State]:
+        """One decode step: token [b] and the state before it → logits [b, V] and the state after it."""
+        x, state = self.layers(self._embed(token), None, state)
+        return self.logits(self.norm(x)), state
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., d_model] → [..., V], float32 or better."""
+        accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
+        # XLA's CPU backend lacks some bfloat16 products with float32 results.
+        operand = accumulator if jax.default_backend() == "cpu" else hidden.dtype
+        return jnp.einsum(
+            "...d,vd->...v", hidden.astype(operand), self.embedding.astype(operand), preferred_element_type=accumulator
+        )
+
+    def initial_state(self, batch: int) -> Mamba3State:
+        """The zero state of all layers for `batch` sequences."""
+        layer = mamba3.initial_state(self.config, batch)
+        return jax.tree.map(lambda v: jnp.zeros((self.config.n_layers, *v.shape), v.dtype), layer)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        residual = jnp.promote_types(self.config.dtype, jnp.float32)
+        return self.embedding[tokens].astype(residual)

@@ -1,0 +1,118 @@
+"""The Mamba-3 mixer: from the residual stream to the scan's coefficients and back.
+
+One projection of the input gives, per token, z and x [h·p], B and C [r·g·n], and the raw step size, decay, trapezoid
+weight [h each] and angular rates [s]. Conventions follow the released checkpoints (docs/mamba3.md), except that B and C
+rotate in pairs (i, s + i), which import and export account for.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from m3jax.config import ModelConfig
+from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
+from m3jax.models.linear import linear
+from m3jax.models.norm import EPSILON, RMSNorm
+
+
+def heavy_tail(x: jax.Array) -> jax.Array:
+    """1 + x for x ≥ 0, 1/(1 - x) below: positive, with one continuous derivative and a slow left tail."""
+    return jnp.maximum(x, 0) + 1 / (1 - jnp.minimum(x, 0))
+
+
+_A_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"heavy_tail": heavy_tail, "softplus": jax.nn.softplus}
+
+
+class Mamba3Mixer(nn.Module):
+    """Mamba-3 (arXiv 2603.15569, section 3), SISO for mimo_rank 1, else MIMO."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, u: jax.Array, segment_ids: jax.Array | None = None, state: Mamba3State | None = None
+    ) -> tuple[jax.Array, Mamba3State | None]:
+        """Runs over a sequence, or one decode step.
+
+        Args:
+          u: [b, l, d_model], or [b, d_model] for a step.
+          segment_ids: [b, l]; the state restarts where they change. Not used by a step.
+          state: the state before the first token; None = zero, and no state is returned.
+
+        Returns:
+          (output of u's shape, next state or None).
+        """
+        m = self.config
+        seq, weights = self._coefficients(u), self._weights()
+        if u.ndim == 2:
+            y, state = mamba3_step(**seq, state=state, **weights, norm_eps=EPSILON)
+        else:
+            options = {"chunk_size": m.chunk_size, "implementation": m.scan_implementation, "norm_eps": EPSILON}
+            y, new_state = mamba3_scan(
+                **seq, **weights, **options, segment_ids=segment_ids, initial_state=state, return_state=True
+            )
+            state = None if state is None else new_state._replace(ssm=new_state.ssm.astype(m.state_dtype))
+        y = y.reshape(*u.shape[:-1], m.d_inner)
+        return linear(m, m.d_model, "out_proj", closes_residual=True)(y), state
+
+    def _coefficients(self, u: jax.Array) -> dict[str, jax.Array]:
+        m = self.config
+        heads, bc = m.n_heads, m.mimo_rank * m.ngroups * m.d_state
+        widths = [m.d_inner, m.d_inner, bc, bc, heads, heads, heads, m.n_angles]
+        parts = linear(m, sum(widths), "in_proj")(u)
+        z, x, b, c, dt, a, lam, theta = jnp.split(parts, [sum(widths[:i]) for i in range(1, len(widths))], axis=-1)
+
+        lead = u.shape[:-1]
+        accumulator = jnp.promote_types(m.dtype, jnp.float32)
+        dt, a, lam, theta = (v.astype(accumulator) for v in (dt, a, lam, theta))
+        dt_bias = self.param("dt_bias", _dt_bias_init(m), (heads,), m.param_dtype).astype(accumulator)
+        norm = {"dtype": m.dtype, "param_dtype": m.param_dtype}
+        return {
+            "x": x.reshape(*lead, heads, m.headdim),
+            "z": z.reshape(*lead, heads, m.headdim),
+            "b": RMSNorm(**norm, name="b_norm")(b.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
+            "c": RMSNorm(**norm, name="c_norm")(c.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
+            "dt": jax.nn.softplus(dt + dt_bias.reshape((1,) * len(lead) + (-1,))),
+            "a": jnp.minimum(-_A_ACTIVATIONS[m.a_activation](a), -m.a_floor),
+            "lam": jax.nn.sigmoid(lam),
+            "omega": math.pi * jnp.tanh(theta),
+        }
+
+    def _weights(self) -> dict[str, jax.Array]:
+        m = self.config
+        per_head = {"b_bias": (m.d_state, 1.0), "c_bias": (m.d_state, 1.0)}
+        if m.mimo_rank > 1:
+            per_head |= {"mimo_x": (m.headdim, 1 / m.mimo_rank), "mimo_z": (m.headdim, 1.0)}
+            per_head |= {"mimo_o": (m.headdim, 1 / m.mimo_rank)}
+        weights = {
+            name: self.param(name, nn.initializers.constant(value), (m.n_heads, m.mimo_rank, width), m.param_dtype)
+            for name, (width, value) in per_head.items()
+        }
+        weights["d"] = self.param("d", nn.initializers.ones, (m.n_heads,), m.param_dtype)
+        if m.outproj_norm:
+            shape = (m.n_heads, m.headdim)
+            weights["norm_weight"] = self.param("norm_scale", nn.initializers.ones, shape, m.param_dtype)
+        return weights
+
+
+def initial_state(config: ModelConfig, batch: int) -> Mamba3State:
+    """The zero state of one mixer for `batch` sequences."""
+    state = Mamba3State.zeros(
+        batch, config.n_heads, config.headdim, config.d_state, config.mimo_rank, config.n_angles, config.dtype
+    )
+    return state._replace(ssm=state.ssm.astype(config.state_dtype))
+
+
+def _dt_bias_init(config: ModelConfig) -> nn.initializers.Initializer:
+    """softplus⁻¹ of step sizes log-uniform in [dt_min, dt_max], none under dt_init_floor."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
+        dt = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
+        dt = jnp.maximum(dt, config.dt_init_floor)
+        return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+    return init

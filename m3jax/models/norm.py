@@ -1,0 +1,22 @@
+"""Root-mean-square normalisation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+EPSILON = 1e-5  # of every norm of the released models
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis, computed in float32 or better, returned in `dtype`."""
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., n] → [..., n]."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
+        return (x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)

@@ -1,0 +1,18 @@
+"""Settings of the whole suite: eight simulated CPU devices, no silent rank promotion, float64 on request."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with 64-bit types enabled."""
+    with jax.enable_x64(True):
+        yield
