@@ -234,9 +234,7 @@ def _check_model(m: ModelConfig) -> None:
                  "mimo_rank", "residuals_per_layer"):  # fmt: skip
         _require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
     _require(m.d_intermediate >= 0, "model.d_intermediate", m.d_intermediate, "a width, or 0 for no MLP")
-    _require(
-        m.d_inner % m.headdim == 0, "model.headdim", m.headdim, f"a divisor of expand * d_model = {m.d_inner}"
-    )
+    _require(m.d_inner % m.headdim == 0, "model.headdim", m.headdim, f"a divisor of expand * d_model = {m.d_inner}")
     _require(m.n_heads % m.ngroups == 0, "model.ngroups", m.ngroups, f"a divisor of the {m.n_heads} heads")
     _require(m.rope_fraction in (0, 0.5, 1), "model.rope_fraction", m.rope_fraction, "0, 0.5 or 1")
     _require(

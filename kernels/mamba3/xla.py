@@ -293,7 +293,32 @@ def _read_out(y: jax.Array, x: jax.Array, z: jax.Array | None, weights: Weights,
 
 
 def _matmul(spec: str, left: jax.Array, right: jax.Array, operand: jnp.dtype, acc: jnp.dtype) -> jax.Array:
-    return jnp.einsum(spec, left.astype(operand), right.astype(operand), precision=_EXACT, preferred_element_type=acc)
+    if operand == acc:
+        return jnp.einsum(spec, left, right, precision=_EXACT)
+    return _narrow_matmul(spec, left.astype(operand), right.astype(operand))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_matmul(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Operands narrower than float32, float32 sums. Autodiff would multiply a float32 cotangent, off the fast units."""
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+
+def _narrow_matmul_forward(spec: str, left: jax.Array, right: jax.Array):
+    return _narrow_matmul(spec, left, right), (left, right)
+
+
+def _narrow_matmul_backward(spec: str, operands: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+    left, right = operands
+    inputs, out = spec.split("->")
+    left_axes, right_axes = inputs.split(",")
+    cotangent = cotangent.astype(left.dtype)
+    left_bar = _narrow_matmul(f"{out},{right_axes}->{left_axes}", cotangent, right)
+    right_bar = _narrow_matmul(f"{left_axes},{out}->{right_axes}", left, cotangent)
+    return left_bar.astype(left.dtype), right_bar.astype(right.dtype)
+
+
+_narrow_matmul.defvjp(_narrow_matmul_forward, _narrow_matmul_backward)
 
 
 def _operand_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from m3jax.config import ModelConfig, build_config
 from m3jax.errors import CheckpointError
@@ -42,7 +42,7 @@ def load(path: Path, a_activation: str = "heavy_tail") -> tuple[ModelConfig, dic
         released = json.loads((path / "config.json").read_text())
         with safe_open(path / _WEIGHTS, framework="flax") as file:
             tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read the checkpoint in {path}: {error}") from error
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     if len(dtypes) != 1:

@@ -71,7 +71,12 @@ def _forward(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weight
 
 def _backward(gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array):
     hidden_grad, head_grad = gradients
-    return (hidden_grad * cotangent).astype(hidden_grad.dtype), head_grad * cotangent, None, None
+    return (
+        (hidden_grad * cotangent).astype(hidden_grad.dtype),
+        (head_grad * cotangent).astype(head_grad.dtype),
+        None,
+        None,
+    )
 
 
 _chunked_nll.defvjp(_forward, _backward)

@@ -1,0 +1,42 @@
+# make train: a small Mamba-3 MIMO model on the bundled text, from a bare machine.  make test: the whole CPU suite.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+RUN := runs/tiny_mimo
+
+.PHONY: train test lint wheel
+
+train: $(VENV)/installed
+	@mkdir -p $(RUN)
+	@echo "== baselines on the same held-out text"
+	@$(PY) experiments/bits_per_byte/baselines.py --config configs/tiny_mimo.py --json $(RUN)/baselines.json
+	@echo "== training"
+	@$(PY) -m m3jax.train --config configs/tiny_mimo.py --workdir $(RUN)
+	@echo "== held-out bits per byte"
+	@$(PY) -m m3jax.evaluate --checkpoint $(RUN) --json $(RUN)/evaluation.json > /dev/null
+	@$(PY) experiments/bits_per_byte/report.py --evaluation $(RUN)/evaluation.json --baselines $(RUN)/baselines.json
+	@echo "== a sample"
+	@$(PY) -m m3jax.generate --checkpoint $(RUN) --prompt "In the beginning" --temperature 0.7 --max-new-tokens 400
+	@echo "== everything is in $(RUN): checkpoints/, metrics.jsonl, loss.png, evaluation.json, baselines.json"
+
+test: $(VENV)/installed-test
+	@$(PY) -m pytest -n auto
+
+lint: $(VENV)/installed-test
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+wheel: $(VENV)/installed-test
+	@bash tests/check_wheel.sh $(PY)
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	@echo "== installing into $(VENV) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --upgrade pip
+	@$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "== installing what the tests need"
+	@$(PY) -m pip install --quiet --editable ".[test]"
+	@touch $@

@@ -1,0 +1,31 @@
+"""Mamba-3 MIMO rank 4, 1.5B: the paper's language model and recipe (arXiv 2603.15569, section 4.1).
+
+Parameters: 1,497,082,880
+
+python -m m3jax.train --config configs/1b_mimo.py
+
+trains on the bundled text, so that it runs anywhere. The paper's data (100B tokens, 190,735 steps of 524,288) are
+
+    --config.data.source=hf:HuggingFaceFW/fineweb-edu --config.data.tokenizer=meta-llama/Llama-3.1-8B
+
+One device takes a step's 256 sequences in 32 parts of 8; set train.grad_accumulation to what fits.
+
+RECORD_1b_mimo
+"""
+
+from ml_collections import ConfigDict
+
+from m3jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """The run; every other key has the default of m3jax/config.py."""
+    config = default_config()
+    config.model.d_model = 2048
+    config.model.n_layers = 24
+    config.model.d_intermediate = 3824
+    config.model.mimo_rank = 4
+    config.model.pad_vocab_multiple = 16  # as the released 1.5B models
+    config.optimizer.learning_rate = 1e-3
+    config.train.grad_accumulation = 32
+    return config

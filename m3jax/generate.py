@@ -1,0 +1,108 @@
+"""Continues prompts with a trained model: `python -m m3jax.generate --checkpoint DIR --prompt "In the beginning"`."""
+
+import argparse
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from m3jax.cli import Parser, run_main
+from m3jax.errors import ConfigError, DataError
+from m3jax.inference import generate, generate_text
+from m3jax.models.language_model import LanguageModel
+from m3jax.training.checkpoint import load_checkpoint
+
+
+class _CallableModule(types.ModuleType):
+    # `m3jax.generate` names this program and the public function: importing the one must not hide the other.
+    __call__ = staticmethod(generate)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the program with these arguments (None = those of the process) and prints the texts."""
+    arguments, overrides = _parser().parse(argv)
+    prompts = [p for p in _read_prompts(arguments) for _ in range(arguments.num_samples)]
+    checkpoint = load_checkpoint(arguments.checkpoint, arguments.step, ema=arguments.ema, overrides=overrides)
+    streams = len(prompts) == 1 and not arguments.no_stream
+    if streams:
+        print(prompts[0], end="", flush=True)
+    texts = generate_text(
+        LanguageModel(checkpoint.config.model),
+        checkpoint.params,
+        checkpoint.tokenizer,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        key=jax.random.key(arguments.seed),
+        stop=arguments.stop,
+        on_text=(lambda row, piece: print(piece, end="", flush=True)) if streams else None,
+    )
+    if streams:
+        print()
+        return
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True), start=1):
+        if len(prompts) > 1:
+            print(f"--- {i} of {len(prompts)} ---")
+        print(f"{prompt}{text}")
+
+
+def _parser() -> Parser:
+    parser = Parser("m3jax.generate", "Continues prompts with a trained model.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a workdir of m3jax.train, or one checkpoint in it")
+    add("--step", type=int, help="of the checkpoint; the newest by default")
+    add("--ema", action="store_true", help="take the moving average of the parameters")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add("--prompt-file", metavar="FILE", help="a text file with one prompt a line")
+    add("--max-new-tokens", type=int, default=256, metavar="N")
+    add("--temperature", type=float, default=1.0, metavar="T", help="0 takes the most probable token")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens; 0 = all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that together reach P; 1 = all")
+    add("--min-p", type=float, default=0.0, metavar="P", help="no token below P times the best one's probability")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be given several times")
+    add("--num-samples", type=_at_least_1, default=1, metavar="K", help="continuations of each prompt")
+    add("--seed", type=_seed, default=0, help="the same seed draws the same texts")
+    add("--no-stream", action="store_true", help="print the text when it is complete, not as it is generated")
+    return parser
+
+
+def _read_prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompt_file is not None:
+        try:
+            lines = Path(arguments.prompt_file).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"--prompt-file {arguments.prompt_file}: {reason}. Expected a UTF-8 text file.") from error
+        prompts += [line for line in lines if line]
+    if not prompts:
+        raise ConfigError("Nothing to continue: give --prompt TEXT, or --prompt-file FILE with one prompt a line.")
+    return prompts
+
+
+def _at_least_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected an integer in [0, 2^32)")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show a character
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)  # there is nothing to save, and Python would wait for the device first
+    run_main(main)

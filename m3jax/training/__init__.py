@@ -1,0 +1,1 @@
+"""Training: the optimizer and its schedule, the jitted step, checkpoints, metrics, and the loop that joins them."""

@@ -1,0 +1,83 @@
+"""Where arrays live: a mesh of axes data and fsdp, batches split over both, parameters and optimizer state over fsdp.
+
+One device is the 1 x 1 mesh of the same code, and several hosts are the same mesh over all their devices: each
+process feeds its own rows of the batch.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from m3jax.config import Config
+from m3jax.errors import ConfigError
+
+PyTree = Any
+
+BATCH_AXES = ("data", "fsdp")
+# The projections and the embedding hold nearly all of the memory; to gather the rest would cost more than it saves.
+_SHARDED = ("kernel", "embedding")
+
+
+def make_mesh(config: Config) -> Mesh:
+    """Lays the devices out as config.mesh asks.
+
+    Raises:
+      ConfigError: more devices asked for than there are, or a batch that they do not divide.
+    """
+    devices, fsdp = jax.devices(), config.mesh.fsdp
+    data = config.mesh.data if config.mesh.data > 0 else max(len(devices) // fsdp, 1)
+    asked = data * fsdp
+    if asked > len(devices) or (jax.process_count() > 1 and asked != len(devices)):
+        raise ConfigError(
+            f"config.mesh.data = {data} times config.mesh.fsdp = {fsdp} is {asked} devices: there are {len(devices)}."
+        )
+    rows = config.data.batch_size // config.train.grad_accumulation
+    if rows % asked:
+        raise ConfigError(
+            f"config.data.batch_size = {config.data.batch_size} in {config.train.grad_accumulation} microbatches "
+            f"(train.grad_accumulation) is {rows} sequences at a time: expected a multiple of the {asked} devices. "
+            "Change one of them, or set mesh.data to use fewer devices."
+        )
+    return jax.make_mesh((data, fsdp), BATCH_AXES, (AxisType.Auto, AxisType.Auto), devices=devices[:asked])
+
+
+def state_shardings(abstract_state: PyTree, mesh: Mesh) -> PyTree:
+    """Chooses the sharding of each array: of a matrix the largest axis that fsdp divides, never the layers' axis.
+
+    Args:
+      abstract_state: a tree of arrays or ShapeDtypeStructs (parameters, optimizer moments, averages, counters).
+      mesh: from make_mesh.
+
+    Returns:
+      The same tree with a NamedSharding per array.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def choose(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = [getattr(key, "key", None) for key in path]
+        axes = [axis for axis in range(int("layers" in names), leaf.ndim) if leaf.shape[axis] % fsdp == 0]
+        if fsdp == 1 or not axes or names[-1] not in _SHARDED:
+            return NamedSharding(mesh, P())
+        axis = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
+
+    return jax.tree_util.tree_map_with_path(choose, abstract_state)
+
+
+def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the abstract arrays with their shardings attached, as a checkpoint is restored into."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its rows over all devices."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process' rows of a batch on its devices, as part of the global batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
