@@ -99,7 +99,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3  # the peak
     final_learning_rate: float = 1e-5
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, linear decay) | constant
-    warmup_steps: int = 1000
+    warmup_fraction: float = 0.01  # the share of the steps over which the rate rises from 0
     decay_fraction: float = 0.2  # wsd only: the share of the steps over which it decays
     beta1: float = 0.9
     beta2: float = 0.95
@@ -258,10 +258,13 @@ def _check_rest(config: Config) -> None:
         _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "at least 1")
     _require(opt.learning_rate > 0, "optimizer.learning_rate", opt.learning_rate, "a positive number")
     _one_of("optimizer.schedule", opt.schedule, ("cosine", "wsd", "constant"))
-    _require(0 < opt.decay_fraction <= 1, "optimizer.decay_fraction", opt.decay_fraction, "a share in (0, 1]")
+    _require(0 <= opt.warmup_fraction <= 1, "optimizer.warmup_fraction", opt.warmup_fraction, "a share in [0, 1]")
+    longest = 1 - opt.warmup_fraction if opt.schedule == "wsd" else 1
+    _require(0 < opt.decay_fraction <= longest, "optimizer.decay_fraction", opt.decay_fraction,
+             f"a share in (0, {longest}], what the warm-up leaves")  # fmt: skip
     for name in ("beta1", "beta2"):
         _require(0 <= getattr(opt, name) < 1, f"optimizer.{name}", getattr(opt, name), "a number in [0, 1)")
-    for name in ("warmup_steps", "final_learning_rate", "weight_decay"):
+    for name in ("final_learning_rate", "weight_decay"):
         _require(getattr(opt, name) >= 0, f"optimizer.{name}", getattr(opt, name), "at least 0")
     _require(opt.clip_norm > 0, "optimizer.clip_norm", opt.clip_norm, "a positive number")
     for name in ("steps", "grad_accumulation", "loss_chunk", "log_every"):
@@ -270,8 +273,6 @@ def _check_rest(config: Config) -> None:
         _require(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "at least 0")
     _require(train.stop_at is None or 1 <= train.stop_at <= train.steps, "train.stop_at", train.stop_at,
              f"None or a step in [1, train.steps = {train.steps}]")  # fmt: skip
-    _require(opt.warmup_steps <= train.steps, "optimizer.warmup_steps", opt.warmup_steps,
-             f"at most train.steps = {train.steps}")  # fmt: skip
     _require(data.batch_size % train.grad_accumulation == 0, "train.grad_accumulation", train.grad_accumulation,
              f"a divisor of data.batch_size = {data.batch_size}")  # fmt: skip
     _require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "a number in [0, 1)")

@@ -1,4 +1,4 @@
-"""Errors whose message is meant for the person at the keyboard: the command-line tools print them without a traceback."""
+"""Errors whose message is meant for the person at the keyboard; the programs print them without a traceback."""
 
 
 class M3jaxError(Exception):
@@ -14,7 +14,7 @@ class DataError(M3jaxError, ValueError):
 
 
 class CheckpointError(M3jaxError, RuntimeError):
-    """A checkpoint that is missing, incomplete, corrupt or of another shape; the message names the file or parameter."""
+    """A checkpoint that is missing, incomplete, corrupt or of another shape; the message names the culprit."""
 
 
 class TrainingError(M3jaxError, RuntimeError):

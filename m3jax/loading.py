@@ -26,15 +26,16 @@ def load(
     """Loads a model and its parameters.
 
     Args:
-      path: a workdir of m3jax.train or one checkpoint in it, or a directory in the released layout of state-spaces/mamba
-        (config.json and model.safetensors).
+      path: a workdir of m3jax.train or one checkpoint in it, or a directory in the released layout of
+        state-spaces/mamba (config.json and model.safetensors).
       dtype: of parameters and computation: float32, bfloat16 or float64; None = the stored dtype.
       step: of a workdir, the checkpoint to take; None = the newest.
       ema: of a workdir, take the moving average of the parameters.
       a_activation: of a released model, heavy_tail or softplus; its files do not say.
 
     Returns:
-      (model, params): `model.apply({"params": params}, tokens)` gives logits, `m3jax.generate(model, params, ...)` text.
+      (model, params): `model.apply({"params": params}, tokens)` gives logits, and `m3jax.generate(model, params, ...)`
+      continues prompts.
 
     Raises:
       CheckpointError: nothing there, or a checkpoint that is incomplete, corrupt or of another layout.

@@ -73,7 +73,11 @@ def test_derived_sizes():
         ({"data__batch_size": 0}, "config.data.batch_size = 0: expected at least 1"),
         ({"train__grad_accumulation": 3}, "config.train.grad_accumulation = 3: expected a divisor of .* = 256"),
         ({"train__stop_at": 200_000}, r"config.train.stop_at = 200000: expected None or a step in \[1, .* = 190735\]"),
-        ({"train__steps": 10}, "config.optimizer.warmup_steps = 1000: expected at most train.steps = 10"),
+        ({"optimizer__warmup_fraction": 1.5}, r"config.optimizer.warmup_fraction = 1.5: expected a share in \[0, 1\]"),
+        (
+            {"optimizer__schedule": "wsd", "optimizer__warmup_fraction": 0.5, "optimizer__decay_fraction": 0.6},
+            r"config.optimizer.decay_fraction = 0.6: expected a share in \(0, 0.5\], what the warm-up leaves",
+        ),
         ({"train__nonfinite": "ignore"}, "config.train.nonfinite = 'ignore': expected one of stop, skip, rollback"),
         ({"train__ema_decay": 1.0}, r"config.train.ema_decay = 1.0: expected a number in \[0, 1\)"),
         ({"optimizer__schedule": "cosin"}, r"Did you mean 'cosine'\?"),

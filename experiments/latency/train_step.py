@@ -30,11 +30,10 @@ from m3jax.training.step import init_state, make_train_step
 # Name of a part, and what the path of its operations contains; the first that fits counts.
 _PARTS = {
     "scan": "jit(scan)",
-    "in_proj and coefficients": "/mixer/",
+    "mixer's projections": "/mixer/",
     "mlp": "/mlp/",
     "norms and residual": "layers",
-    "cross-entropy": "shard_map",
-    "optimizer and the rest": "",
+    "embedding, cross-entropy, optimizer": "",
 }
 
 
@@ -102,7 +101,7 @@ def time_by_part(folder: Path, program: str) -> dict[str, float]:
             for event in line.events:
                 operation = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
                 path = paths.get(operation, operation)
-                totals[next(part for part, pattern in _PARTS.items() if re.search(pattern, path))] += event.duration_ns
+                totals[next(part for part, pattern in _PARTS.items() if pattern in path)] += event.duration_ns
     return {part: totals[part] / 1e6 for part in _PARTS}
 
 

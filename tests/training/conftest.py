@@ -27,7 +27,7 @@ SMALL = {
     "train.eval_every": 0,
     "train.eval_batches": 1,
     "train.loss_chunk": 64,
-    "optimizer.warmup_steps": 2,
+    "optimizer.warmup_fraction": 0.2,
     "checkpoint.every": 5,
     "mesh.data": 1,
 }

@@ -1,0 +1,37 @@
+"""Mamba-3 MIMO rank 2, tiny: bytes of the bundled text, for two CPU cores and a few minutes.
+
+Parameters: 693,872
+
+python -m m3jax.train --config configs/tiny_mimo.py
+
+RECORD_tiny_mimo
+"""
+
+from ml_collections import ConfigDict
+
+from m3jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """The run; every other key has the default of m3jax/config.py."""
+    config = default_config()
+    config.model.vocab_size = 258
+    config.model.d_model = 128
+    config.model.n_layers = 3
+    config.model.d_intermediate = 256
+    config.model.headdim = 32
+    config.model.d_state = 32
+    config.model.mimo_rank = 2
+    config.model.chunk_size = 16  # a CPU's caches like smaller chunks than a GPU does
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.data.sequence_length = 256
+    config.data.batch_size = 8
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_fraction = 0.05
+    config.train.steps = 600
+    config.train.log_every = 20
+    config.train.eval_every = 300
+    config.train.eval_batches = 0
+    config.checkpoint.every = 200
+    return config
