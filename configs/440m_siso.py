@@ -10,7 +10,7 @@ trains on the bundled text, so that it runs anywhere. The paper's data (100B tok
 
 One device takes a step's 256 sequences in 16 parts of 16; set train.grad_accumulation to what fits.
 
-RECORD_440m_siso
+Not run yet.
 """
 
 from ml_collections import ConfigDict
