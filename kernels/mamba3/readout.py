@@ -38,5 +38,4 @@ def readout(
         y = y * jax.nn.silu(gate if mimo_z is None else gate * mimo_z)
     if mimo_o is not None:
         y = y * mimo_o
-    # Written out, the sum fuses with what is above; as a reduction it is a pass over memory of its own on CPUs.
-    return sum(y[..., r, :] for r in range(y.shape[-2]))
+    return y.sum(axis=-2)
