@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from m3jax.cli import Parser, override, read_config, run_main
-from m3jax.config import Config, DataConfig, build_config
+from m3jax.cli import Parser, read_config, run_main
+from m3jax.config import Config, DataConfig, build_config, override
 from m3jax.data.corpus import divide, open_text_source
 from m3jax.errors import ConfigError
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3jax.cli import Parser, override, run_main
-from m3jax.config import DataConfig, build_config
+from m3jax.cli import Parser, run_main
+from m3jax.config import DataConfig, build_config, override
 from m3jax.data.corpus import open_text_source
 from m3jax.data.shards import META_FILE, read_meta
 from m3jax.data.tokenise import tokenise
