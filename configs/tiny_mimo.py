@@ -4,7 +4,13 @@ Parameters: 693,872
 
 python -m m3jax.train --config configs/tiny_mimo.py
 
-RECORD_tiny_mimo
+Record, two CPU cores (AMD EPYC), 2026-11-22, 4:14 by `make train`, seed 0:
+
+    step                 20    100    180    260    340    420    520
+    training loss      2.70   1.78   1.57   1.39   1.34   1.26   1.21
+    held-out loss                          1.553                1.403   (2.0254 bits per byte)
+
+docs/images/tiny_mimo.png has the curve.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +35,9 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 8
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_fraction = 0.05
-    config.train.steps = 560
+    config.train.steps = 520
     config.train.log_every = 20
-    config.train.eval_every = 280
+    config.train.eval_every = 260
     config.train.eval_batches = 0
     config.checkpoint.every = 200
     return config

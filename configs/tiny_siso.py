@@ -4,7 +4,7 @@ Parameters: 663,152
 
 python -m m3jax.train --config configs/tiny_siso.py
 
-RECORD_tiny_siso
+Not run yet to its end.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 8
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_fraction = 0.05
-    config.train.steps = 560
+    config.train.steps = 520
     config.train.log_every = 20
-    config.train.eval_every = 280
+    config.train.eval_every = 260
     config.train.eval_batches = 0
     config.checkpoint.every = 200
     return config
