@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from .inputs import Sequence, Weights, accumulator_dtype
+from .narrow import matmul, rotate_rounded, round_backward, round_forward
 from .readout import readout
 from .rotary import TWO_PI, rotate, wrap_angle
 from .state import Mamba3State
@@ -161,10 +162,11 @@ def _block(carry: _Carry, inputs: _Block, *, weights: Weights, chunk: int, norm_
         return jnp.moveaxis(v, 3, 1)
 
     masks = _masks(carry.document, inputs.document, chunk, inputs.dt.shape[1])
-    turns, next_turns = _phases(carry.turns, inputs, chunk, masks)
+    turns, end_turns = _phases(carry.turns, inputs, chunk, masks)
     angle = (turns * TWO_PI)[..., None, :]  # [b, h, m, c, 1, s]
-    b = rotate(_per_head(inputs.b, weights.b_bias, heads, chunk, acc), angle).astype(operand)
-    c = rotate(_per_head(inputs.c, weights.c_bias, heads, chunk, acc), angle).astype(operand)
+    end_angle = (end_turns * TWO_PI)[..., None, :]  # [b, h, m + 1, 1, s]
+    b = rotate_rounded(_per_head(inputs.b, weights.b_bias, heads, chunk, acc), angle, operand)
+    c = rotate_rounded(_per_head(inputs.c, weights.c_bias, heads, chunk, acc), angle, operand)
     b, c = (v.reshape(*v.shape[:3], -1, v.shape[-1]) for v in (b, c))  # [b, h, m, c·r, n]
     x = _per_rank(chunked(inputs.x).astype(acc)[..., None, :], weights.mimo_x, rank)  # [b, h, m, c, r, p]
     x_rows = x.reshape(*x.shape[:3], -1, x.shape[-1])  # [b, h, m, c·r, p]
@@ -174,19 +176,21 @@ def _block(carry: _Carry, inputs: _Block, *, weights: Weights, chunk: int, norm_
     diagonal = jnp.eye(chunk, dtype=bool)[None, None, None]
     mix = jnp.where(diagonal, chunked(inputs.gamma)[..., None], between * chunked(inputs.scale)[..., None, :])
 
-    update = _matmul("bhmkp,bhmkn->bhmpn", (x * to_end[..., None, None]).reshape(x_rows.shape), b, operand, acc)
+    update = matmul("bhmkp,bhmkn->bhmpn", (x * to_end[..., None, None]).reshape(x_rows.shape), b, operand)
+    update = round_backward(update, end_angle[:, :, 1:], operand)
     states = _pass_states(carry.ssm, update, decay[..., -1], masks.ends_same)  # [b, h, m + 1, p, n]
-    scores = _matmul("bhmkn,bhmjn->bhmkj", c, b, operand, acc)
+    entering = round_forward(states[:, :, :-1], end_angle[:, :, :-1], operand)
+    scores = matmul("bhmkn,bhmjn->bhmkj", c, b, operand)
     mix = jnp.repeat(jnp.repeat(mix, rank, axis=-2), rank, axis=-1)
-    y = _matmul("bhmkj,bhmjp->bhmkp", scores * mix, x_rows, operand, acc)
+    y = matmul("bhmkj,bhmjp->bhmkp", scores * mix, x_rows, operand)
     from_start = jnp.where(masks.continues, jnp.exp(decay), 0)  # [b, h, m, c]
-    y_in = _matmul("bhmkn,bhmpn->bhmkp", c, states[:, :, :-1], operand, acc)
+    y_in = matmul("bhmkn,bhmpn->bhmkp", c, entering, operand)
     y = y.reshape(x.shape) + from_start[..., None, None] * y_in.reshape(x.shape)
 
     out = _read_out(y, x, inputs.z if inputs.z is None else chunked(inputs.z), weights, norm_eps)
     out = jnp.moveaxis(out, 1, 3).reshape(inputs.x.shape).astype(inputs.x.dtype)
     document = None if inputs.document is None else inputs.document[:, -1]
-    return _Carry(ssm=states[:, :, -1], turns=next_turns, document=document), out
+    return _Carry(ssm=states[:, :, -1], turns=end_turns[:, :, -1], document=document), out
 
 
 def _masks(previous: jax.Array | None, document: jax.Array | None, chunk: int, length: int) -> _Masks:
@@ -209,15 +213,15 @@ def _masks(previous: jax.Array | None, document: jax.Array | None, chunk: int, l
 
 
 def _phases(start: jax.Array, inputs: _Block, chunk: int, masks: _Masks) -> tuple[jax.Array, jax.Array]:
-    """Phases in turns, in [-½, ½]: at every position [b, h, m, c, s] and after the block [b, h, s]."""
+    """Phases in turns, in [-½, ½]: at every position [b, h, m, c, s] and at the ends of chunks [b, h, m + 1, s]."""
     omega = inputs.omega if inputs.omega.ndim == 4 else inputs.omega[:, :, None, :]
     step = _reduce_turns(inputs.dt[..., None] * omega / TWO_PI)
     step = jnp.moveaxis(step.reshape(step.shape[0], step.shape[1] // chunk, chunk, *step.shape[2:]), 3, 1)
     inside = _sum_turns(step, masks.same)  # [b, h, m, c, s]
     entries = jnp.concatenate([start[:, :, None], inside[:, :, :, -1]], axis=2)  # [b, h, m + 1, s]
-    entering = _sum_turns(entries[:, :, None], masks.ends_same)[:, :, 0]
-    turns = inside + jnp.where(masks.continues[..., None], entering[:, :, :-1, None, :], 0)
-    return _reduce_turns(turns), entering[:, :, -1]
+    ends = _sum_turns(entries[:, :, None], masks.ends_same)[:, :, 0]
+    turns = inside + jnp.where(masks.continues[..., None], ends[:, :, :-1, None, :], 0)
+    return _reduce_turns(turns), ends
 
 
 def _sum_turns(turns: jax.Array, mask: jax.Array) -> jax.Array:
@@ -290,35 +294,6 @@ def _read_out(y: jax.Array, x: jax.Array, z: jax.Array | None, weights: Weights,
         y, x, z, expand(weights.d, 1, 1), expand(weights.mimo_z, rank, p), expand(weights.mimo_o, rank, p),
         expand(weights.norm_weight, 1, p), norm_eps,
     )  # fmt: skip
-
-
-def _matmul(spec: str, left: jax.Array, right: jax.Array, operand: jnp.dtype, acc: jnp.dtype) -> jax.Array:
-    if operand == acc:
-        return jnp.einsum(spec, left, right, precision=_EXACT)
-    return _narrow_matmul(spec, left.astype(operand), right.astype(operand))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow_matmul(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Operands narrower than float32, float32 sums. Autodiff would multiply a float32 cotangent, off the fast units."""
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
-
-
-def _narrow_matmul_forward(spec: str, left: jax.Array, right: jax.Array):
-    return _narrow_matmul(spec, left, right), (left, right)
-
-
-def _narrow_matmul_backward(spec: str, operands: tuple[jax.Array, jax.Array], cotangent: jax.Array):
-    left, right = operands
-    inputs, out = spec.split("->")
-    left_axes, right_axes = inputs.split(",")
-    cotangent = cotangent.astype(left.dtype)
-    left_bar = _narrow_matmul(f"{out},{right_axes}->{left_axes}", cotangent, right)
-    right_bar = _narrow_matmul(f"{left_axes},{out}->{right_axes}", left, cotangent)
-    return left_bar.astype(left.dtype), right_bar.astype(right.dtype)
-
-
-_narrow_matmul.defvjp(_narrow_matmul_forward, _narrow_matmul_backward)
 
 
 def _operand_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
-from m3jax.kernels.mamba3 import xla
 from tests import tolerances
 from tests.kernels.cases import Case, make, make_state, outputs_and_gradients, segments
 
@@ -299,23 +298,3 @@ def test_phase_of_a_long_prefill():
     expected = (args["dt"].astype(np.float64)[..., None] * args["omega"].astype(np.float64)[:, :, None]).sum(axis=1)
     # Only the products dt * omega round (at most π/2 · 2^-24 each); their sum inside a block is exact.
     tolerances.assert_phase_close(state.angle, expected, tolerances.phase_walk(length), "phase")
-
-
-def test_narrow_matmul_differentiates_like_einsum():
-    rng = np.random.default_rng(0)
-    left, right = (rng.normal(size=(2, 3, 2, 5, n)).astype(np.float32) for n in (4, 6))
-    spec, weights = "bhmkp,bhmkn->bhmpn", rng.normal(size=(2, 3, 2, 4, 6)).astype(np.float32)
-    gradients = [
-        jax.grad(lambda operands, f=f: jnp.sum(weights * f(spec, *operands)))((left, right))
-        for f in (xla._narrow_matmul, jnp.einsum)
-    ]
-    for actual, expected in zip(*gradients, strict=True):
-        tolerances.assert_close(actual, expected, tolerances.rounding("float32", 5), "gradient")
-
-
-def test_accelerator_path_traces(monkeypatch):
-    # CPUs compute bfloat16 inputs in float32; what other devices run can be traced here all the same.
-    monkeypatch.setattr(xla, "_operand_dtype", lambda dtype: dtype)
-    args = {name: jnp.asarray(v, jnp.bfloat16) for name, v in make(dataclasses.replace(MIMO, l=23), "float32").items()}
-    gradients = jax.eval_shape(jax.grad(lambda a: mamba3_scan(**a, implementation="xla").astype("float32").sum()), args)
-    assert all(v.dtype == jnp.bfloat16 and v.shape == args[name].shape for name, v in gradients.items())
