@@ -1,0 +1,21 @@
+"""Launching Triton kernels from JAX: the one place that knows jax-triton."""
+
+from collections.abc import Sequence
+
+import jax
+import jax_triton
+
+
+def launch(
+    kernel, args: Sequence[jax.Array], scalars: dict[str, int | float], out: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, int, int], warps: int, constants: dict[str, object],
+    aliases: dict[int, int] | None = None,
+) -> list[jax.Array]:  # fmt: skip
+    """Calls a kernel whose parameters are arrays, run-time scalars, outputs and constants, in this order.
+
+    `aliases`: numbers of arrays whose memory outputs take, and of those outputs. XLA copies an array that is needed later.
+    """
+    return jax_triton.triton_call(
+        *args, *scalars.values(), kernel=kernel, out_shape=list(out), grid=grid, num_warps=warps, num_stages=1,
+        input_output_aliases=aliases, **constants,
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Runs Triton kernels on a CPU, in Triton's interpreter (TRITON_INTERPRET=1), from inside jitted JAX functions."""
+
+import jax
+import numpy as np
+from triton.runtime import interpreter
+
+_patch_tensors = interpreter._patch_lang_tensor
+
+
+def _patch_tensors_for_numpy(tensor, scope) -> None:
+    """Loop bounds are arrays of one element in the interpreter, which NumPy from 2.4 on does not turn into integers."""
+    _patch_tensors(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensors_for_numpy
+
+
+class _Pointer:
+    """A numpy array in the form in which the interpreter takes tensors: an address, a dtype and a storage."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.dtype = f"torch.{array.dtype}"
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "_Pointer":
+        return self
+
+    def cpu(self) -> "_Pointer":
+        return self
+
+    def new_empty(self, *_, **__) -> "_Pointer":
+        return _Pointer(self.array)
+
+    def set_(self, *_) -> None:
+        """The interpreter's copy for the host is the array itself."""
+
+    def copy_(self, *_) -> None:
+        """Results are in the array already."""
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    stride = size
+
+
+def _interpretable(dtype) -> np.dtype:
+    """The interpreter cannot multiply bfloat16 matrices: there they are float32."""
+    return np.dtype(np.float32) if dtype == jax.numpy.bfloat16 else np.dtype(dtype)
+
+
+def launch(kernel, args, scalars, out, grid, warps, constants):
+    """Stands in for `m3jax.kernels.mamba3.triton.launch.launch`; outputs start as NaN, so that what is left shows."""
+    del warps
+    # The hardware's approximations are inline assembly, which the interpreter cannot read.
+    constants = constants | {"FAST": False}
+
+    def run(*arrays):
+        inputs = [np.array(v, _interpretable(v.dtype)) for v in arrays]
+        outputs = [np.full(v.shape, -1 if v.dtype == np.int32 else np.nan, _interpretable(v.dtype)) for v in out]
+        pointers = [_Pointer(v) for v in inputs], [_Pointer(v) for v in outputs]
+        with np.errstate(all="ignore"):
+            kernel[grid](*pointers[0], *(v if isinstance(v, int) else float(v) for v in scalars.values()),
+                              *pointers[1], **constants)  # fmt: skip
+        return [v.astype(shape.dtype) for v, shape in zip(outputs, out, strict=True)]
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in out]
+    return jax.pure_callback(run, shapes, *args, vmap_method="sequential")
