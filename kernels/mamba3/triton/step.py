@@ -30,7 +30,7 @@ from .pieces import sigmoid
 _TWO_PI = tl.constexpr(6.283185307179586)
 _TWO_PI_HIGH = tl.constexpr(6.28125)
 _TWO_PI_LOW = tl.constexpr(6.283185307179586 - 6.28125)
-_MIN_LOG2 = tl.constexpr(-150.0)
+_ALL_GONE = tl.constexpr(-110.0)  # e to this power is 0 in float32
 _MAX_RANK = 8  # of what the sum over ranks is written for
 _MAX_WARPS = 16
 
@@ -71,12 +71,13 @@ def _cos_sin(angle):
 @triton.jit
 def _exp(v):
     """e^v for a v ≤ 0 to float32 accuracy: the hardware's 2^-22 would add up over the memory of a slow head."""
-    turns = tl.maximum(tl.floor(v * 1.4426950408889634 + 0.5), _MIN_LOG2)
+    v = tl.where(v < _ALL_GONE, _ALL_GONE, v)
+    turns = tl.floor(v * 1.4426950408889634 + 0.5)
     rest = (v - turns * 0.693359375) + turns * 2.12194440e-4
     series = 8.3334519073e-3 + rest * (1.3981999507e-3 + rest * 1.9875691500e-4)
     series = 5.0000001201e-1 + rest * (1.6666665459e-1 + rest * (4.1665795894e-2 + rest * series))
     series = 1.0 + (rest + rest * rest * series)
-    return tl.where(turns > _MIN_LOG2, series, 0.0) * tl.exp2(turns)
+    return series * tl.exp2(turns)
 
 
 @triton.jit
