@@ -1,14 +1,14 @@
 """Times one decode step of the recurrence at the shapes of a 1.5B layer beside copies of as many bytes.
 
-python experiments/latency/step.py --json OUT [--implementations triton xla] [--batches 1 32 128] [--graphs]
+python experiments/latency/step.py --json OUT [--implementations triton xla] [--batches 1 32 128]
 
 Correctness comes first, against the reference in float64. A time is that of many steps in one compiled loop that
 carries the state, divided by their number: the median over repeated calls, the spread their 10th and 90th percentile.
 The copies read and write an array in place, in a loop of the same kind: one is XLA's, which may replay its kernels as a
-CUDA graph, the other Triton's, which is launched as the step is. Where a step's bytes fit in the second-level cache, they
-stay there from one step to the next, and so does the copy's array. `layers` in a row's name: each step of the loop takes
-the state of the next of many layers, and each copy the next of as many arrays, so that both come from memory, as in a
-model. `--graphs` asks XLA to replay the Triton kernels as CUDA graphs too.
+CUDA graph, the other Triton's, which is launched as the step is. Where a step's bytes fit in the second-level cache,
+they stay there from one step to the next, and so does the copy's array. `layers` in a row's name: each step of the loop
+takes the state of the next of many layers, and each copy the next of as many arrays, so that both come from memory, as
+in a model.
 """
 
 import argparse
@@ -37,7 +37,6 @@ EPSILON = 1e-5
 # RMS, relative. float32: sums of up to 1024 products. bfloat16: one rounding of y, 2^-9 / √3, and of the state.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 4e-3}
 PHASE_STEPS = 20_000
-GRAPHS = {"legacy_command_buffer_custom_call_targets": "triton_kernel_call"}
 
 
 def reference_step(token: Sequence, weights: Weights, state: Mamba3State) -> tuple[jax.Array, Mamba3State]:
@@ -180,13 +179,11 @@ def microseconds(function: Callable, carry, steps: int, calls: int = 15) -> dict
     return {"us": float(median), "low": float(low), "high": float(high)}
 
 
-def time_step(
-    step: Callable, token: Sequence, weights: Weights, state: Mamba3State, layers: int, graphs: bool = False
-) -> dict[str, float]:
+def time_step(step: Callable, token: Sequence, weights: Weights, state: Mamba3State, layers: int) -> dict[str, float]:
     """A step's time in a loop over `layers` states in turn, of STEPS steps or one round if that is more."""
     rounds = max(STEPS // layers, 1)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=GRAPHS if graphs else None)
+    @functools.partial(jax.jit, donate_argnums=0)
     def loop(carry, token, weights):
         def body(_, carry):
             # y is carried, so that XLA computes it; nothing reads the old one, so that it costs no copy.
@@ -210,11 +207,11 @@ def triton_copy(v: jax.Array) -> jax.Array:
     return launch(_add_one, [v], {}, out, (v.size // 2048, 1, 1), 4, {"SIZE": 2048}, {0: 0})[0]
 
 
-def time_copy(copy: Callable, nbytes: int, layers: int, graphs: bool = False) -> dict[str, float]:
+def time_copy(copy: Callable, nbytes: int, layers: int) -> dict[str, float]:
     """The time to read and write in place nbytes in all, in a loop over `layers` arrays in turn."""
     rounds = max(STEPS // layers, 1)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=GRAPHS if graphs else None)
+    @functools.partial(jax.jit, donate_argnums=0)
     def loop(carry):
         return jax.lax.fori_loop(0, rounds, lambda _, carry: [copy(v) for v in carry], carry)
 
@@ -228,16 +225,14 @@ def layers_of(nbytes: int) -> int:
     return min(64, -(-LAYERS_BYTES // (nbytes // 2)))
 
 
-def time_row(
-    names: list[str], inputs: tuple[Sequence, Weights, Mamba3State], layers: int, graphs: bool = False
-) -> dict[str, object]:
+def time_row(names: list[str], inputs: tuple[Sequence, Weights, Mamba3State], layers: int) -> dict[str, object]:
     """Both copies' and every implementation's times, and their ratios to XLA's copy."""
     nbytes = step_bytes(*inputs)
     copies = {"copy": lambda v: v + 1, "triton copy": triton_copy}
-    row = {name: time_copy(copy, nbytes, layers, graphs) for name, copy in copies.items()}
+    row = {name: time_copy(copy, nbytes, layers) for name, copy in copies.items()}
     for name in names:
         if name != "xla" or layers <= 8:  # more would compile for minutes
-            row[name] = time_step(IMPLEMENTATIONS[name], *inputs, layers, graphs)
+            row[name] = time_step(IMPLEMENTATIONS[name], *inputs, layers)
     for times in row.values():
         times["ratio"] = times["us"] / row["copy"]["us"]
     return row | {"bytes": nbytes}
@@ -249,7 +244,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32, 128])
-    parser.add_argument("--graphs", action="store_true")
     options = parser.parse_args()
     report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "errors": {}, "phase": {}, "step": {}}
     for name in options.implementations:
@@ -266,7 +260,7 @@ def main() -> None:
                 inputs = make_inputs(batch, rank, ssm_dtype)
                 for layers in sorted({1, layers_of(step_bytes(*inputs))}):
                     label = f"rank {rank} B{batch} {ssm_dtype}" + (f" {layers} layers" if layers > 1 else "")
-                    row = report["step"][label] = time_row(options.implementations, inputs, layers, options.graphs)
+                    row = report["step"][label] = time_row(options.implementations, inputs, layers)
                     cells = [
                         f"{row[v]['us']:12.2f} ({row[v]['ratio']:5.2f})" if v in row else " " * 20 for v in columns
                     ]

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-from collections.abc import Callable
 
 import jax
 
@@ -10,8 +9,13 @@ from . import reference, xla
 from .inputs import Sequence, Weights, check_inputs
 from .state import Mamba3State
 
+try:
+    from .triton import scan as triton_scan
+except ImportError as error:  # jax-triton comes with the extra "cuda"
+    triton_scan, _NO_TRITON = None, str(error)
+
 _log = logging.getLogger(__name__)
-_IMPLEMENTATIONS = ("reference", "xla")
+_IMPLEMENTATIONS = ("reference", "triton", "xla")
 
 
 def mamba3_scan(
@@ -64,14 +68,16 @@ def mamba3_scan(
       segment_ids: integers, [b, l]; where they change, a new document starts from the zero state. The first token
         continues `initial_state`.
       chunk_size: positions per chunk of the chunked implementations; no influence on the result beyond rounding.
-      implementation: "reference" (token by token), "xla" (chunked matrix products), or None for the fastest here.
+      implementation: "reference" (token by token), "xla" (chunked matrix products, any device), "triton" (kernels for
+        NVIDIA GPUs), or None for the fastest that can run here.
       return_state: also return the state after the last token.
 
     Returns:
       y [b, l, h, p] in x's dtype, or (y, Mamba3State).
 
     Raises:
-      ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation.
+      ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation or
+        one that cannot run here (with the reason).
       TypeError: an argument that is not floating point.
     """
     seq = Sequence(x, dt, a, b, c, lam, omega, z)
@@ -84,7 +90,21 @@ def mamba3_scan(
         initial_state = Mamba3State.zeros(
             x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype
         )
-    run = _choose(implementation, {"reference": reference.scan, "xla": functools.partial(xla.scan, chunk_size)})
+    if implementation is None:
+        implementation = "triton" if _why_not_triton(seq, chunk_size) is None else "xla"
+        _log_choice("scan", implementation, jax.default_backend())
+    match implementation:
+        case "reference":
+            run = reference.scan
+        case "xla":
+            run = functools.partial(xla.scan, chunk_size)
+        case "triton":
+            reason = _why_not_triton(seq, chunk_size)
+            if reason is not None:
+                raise ValueError(f'implementation = "triton" cannot run here: {reason}.')
+            run = functools.partial(triton_scan.scan, chunk_size)
+        case _:
+            raise _unknown(implementation)
     y, state = run(seq, weights, initial_state, segment_ids, norm_eps)
     return (y, state) if return_state else y
 
@@ -122,21 +142,24 @@ def mamba3_step(
     token = Sequence(x, dt, a, b, c, lam, omega, z)
     weights = Weights(b_bias, c_bias, mimo_x, mimo_z, mimo_o, d, norm_weight)
     check_inputs(token, weights, state, None, has_length=False)
-    # A single token leaves nothing to chunk: both names run the same code.
-    run = _choose(implementation, {"reference": reference.step, "xla": reference.step})
-    y, new_state = run(token, weights, state, norm_eps)
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise _unknown(implementation)
+    y, new_state = reference.step(token, weights, state, norm_eps)
     return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
 
 
-def _choose(implementation: str | None, available: dict[str, Callable]) -> Callable:
-    if implementation is None:
-        _log_choice("xla", jax.default_backend())
-        return available["xla"]
-    if implementation not in available:
-        raise ValueError(f"implementation = {implementation!r}; expected None or one of {', '.join(_IMPLEMENTATIONS)}.")
-    return available[implementation]
+def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:
+    if triton_scan is None:
+        return f'{_NO_TRITON} (install the extra "cuda")'
+    if jax.default_backend() != "gpu":
+        return f"the default device is a {jax.default_backend()}"
+    return triton_scan.unsupported(seq, chunk_size)
+
+
+def _unknown(implementation: str) -> ValueError:
+    return ValueError(f"implementation = {implementation!r}; expected None or one of {', '.join(_IMPLEMENTATIONS)}.")
 
 
 @functools.cache
-def _log_choice(name: str, backend: str) -> None:
-    _log.info("Mamba-3 runs the %r implementation on %s.", name, backend)
+def _log_choice(function: str, name: str, backend: str) -> None:
+    _log.info("The Mamba-3 %s runs the %r implementation on %s.", function, name, backend)

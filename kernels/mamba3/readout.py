@@ -1,4 +1,4 @@
-"""From the state's read-out to the layer's output: skip, norm, gate and the sum over ranks."""
+"""The ranks of the values: x per rank, and from the state's read-out to the layer's output."""
 
 import jax
 import jax.numpy as jnp
@@ -39,3 +39,11 @@ def readout(
     if mimo_o is not None:
         y = y * mimo_o
     return y.sum(axis=-2)
+
+
+def per_rank(x: jax.Array, mimo_x: jax.Array | None, rank: int) -> jax.Array:
+    """[b, h, ..., 1, p] → [b, h, ..., r, p]."""
+    if mimo_x is None:
+        return jnp.repeat(x, rank, axis=-2)
+    heads, _, p = mimo_x.shape
+    return x * mimo_x.astype(x.dtype).reshape(1, heads, *(1,) * (x.ndim - 4), rank, p)

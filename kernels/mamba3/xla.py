@@ -20,10 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .ends import entering_ssm, leaving_state, number_documents
 from .inputs import Sequence, Weights, accumulator_dtype
 from .narrow import matmul, rotate_rounded, round_backward, round_forward
-from .readout import readout
-from .rotary import TWO_PI, rotate, wrap_angle
+from .phases import reduce_turns, running_sums, sum_turns
+from .readout import per_rank, readout
+from .rotary import TWO_PI, wrap_angle
 from .state import Mamba3State
 
 _EXACT = jax.lax.Precision.HIGHEST
@@ -80,12 +82,15 @@ def scan(
 
     document = None
     if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        document = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+        document = number_documents(segment_ids)
     inputs = _coefficients(seq, document, acc)
     blocks = _split_blocks(inputs, length, chunk * chunks_per_block)
 
-    carry = _initial_carry(seq, weights, state, document is not None, acc)
+    carry = _Carry(
+        ssm=entering_ssm(seq, weights, state, acc),
+        turns=reduce_turns(state.angle.astype(acc) / TWO_PI),
+        document=None if document is None else jnp.zeros(batch, jnp.int32),
+    )
     single = blocks.x.shape[0] == 1
     # Inside a scan nothing can merge the recomputation with the forward, so the barrier against it is not needed.
     body = jax.checkpoint(
@@ -96,7 +101,7 @@ def scan(
     else:
         carry, y = jax.lax.scan(body, carry, blocks)  # y [blocks, b, t, h, p]
         y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])
-    return y[:, :length], _final_state(carry, seq, weights, acc)
+    return y[:, :length], leaving_state(wrap_angle(carry.turns * TWO_PI), carry.ssm, seq, weights, acc)
 
 
 def _chunks_per_block(batch: int, length: int, heads: int, width: int, chunk: int) -> int:
@@ -107,7 +112,7 @@ def _chunks_per_block(batch: int, length: int, heads: int, width: int, chunk: in
 
 def _coefficients(seq: Sequence, document: jax.Array | None, acc: jnp.dtype) -> _Block:
     dt, a, lam = (v.astype(acc) for v in (seq.dt, seq.a, seq.lam))
-    # exp of anything lower is 0, and bounded terms keep the running sums exact (_running_sums).
+    # exp of anything lower is 0, and bounded terms keep the running sums exact (running_sums).
     log_decay = jnp.maximum(dt * a, _min_log_decay(acc))
     next_half_step = ((1 - lam) * dt)[:, 1:]
     if document is not None:
@@ -131,26 +136,6 @@ def _split_blocks(inputs: _Block, length: int, block: int) -> _Block:
     return jax.tree.map(split, inputs)
 
 
-def _initial_carry(seq: Sequence, weights: Weights, state: Mamba3State, has_documents: bool, acc: jnp.dtype) -> _Carry:
-    half_step = ((1 - seq.lam[:, 0].astype(acc)) * seq.dt[:, 0].astype(acc))[..., None, None]  # [b, h, 1, 1]
-    x_prev = _per_rank(state.x.astype(acc)[:, :, None, :], weights.mimo_x, state.b.shape[2])
-    due = jnp.einsum("bhrp,bhrn->bhpn", x_prev, state.b.astype(acc), precision=_EXACT)
-    return _Carry(
-        ssm=state.ssm.astype(acc) + half_step * due,
-        turns=_reduce_turns(state.angle.astype(acc) / TWO_PI),
-        document=jnp.zeros(seq.x.shape[0], jnp.int32) if has_documents else None,
-    )
-
-
-def _final_state(carry: _Carry, seq: Sequence, weights: Weights, acc: jnp.dtype) -> Mamba3State:
-    angle = wrap_angle(carry.turns * TWO_PI)
-    last = jnp.moveaxis(seq.b[:, -1].astype(acc), 1, 2)  # [b, g, r, n]
-    last = jnp.repeat(last, seq.x.shape[2] // last.shape[1], axis=1)
-    if weights.b_bias is not None:
-        last = last + weights.b_bias.astype(acc)[None]
-    return Mamba3State(angle=angle, ssm=carry.ssm, b=rotate(last, angle[:, :, None, :]), x=seq.x[:, -1])
-
-
 def _block(carry: _Carry, inputs: _Block, *, weights: Weights, chunk: int, norm_eps: float) -> tuple[_Carry, jax.Array]:
     """m chunks in parallel; returns the next carry and y [b, t, h, p]."""
     acc = inputs.dt.dtype
@@ -168,7 +153,7 @@ def _block(carry: _Carry, inputs: _Block, *, weights: Weights, chunk: int, norm_
     b = rotate_rounded(_per_head(inputs.b, weights.b_bias, heads, chunk, acc), angle, operand)
     c = rotate_rounded(_per_head(inputs.c, weights.c_bias, heads, chunk, acc), angle, operand)
     b, c = (v.reshape(*v.shape[:3], -1, v.shape[-1]) for v in (b, c))  # [b, h, m, c·r, n]
-    x = _per_rank(chunked(inputs.x).astype(acc)[..., None, :], weights.mimo_x, rank)  # [b, h, m, c, r, p]
+    x = per_rank(chunked(inputs.x).astype(acc)[..., None, :], weights.mimo_x, rank)  # [b, h, m, c, r, p]
     x_rows = x.reshape(*x.shape[:3], -1, x.shape[-1])  # [b, h, m, c·r, p]
 
     decay, between = _decays(chunked(inputs.log_decay), masks.same)  # [b, h, m, c], [b, h, m, c, c]
@@ -215,24 +200,13 @@ def _masks(previous: jax.Array | None, document: jax.Array | None, chunk: int, l
 def _phases(start: jax.Array, inputs: _Block, chunk: int, masks: _Masks) -> tuple[jax.Array, jax.Array]:
     """Phases in turns, in [-½, ½]: at every position [b, h, m, c, s] and at the ends of chunks [b, h, m + 1, s]."""
     omega = inputs.omega if inputs.omega.ndim == 4 else inputs.omega[:, :, None, :]
-    step = _reduce_turns(inputs.dt[..., None] * omega / TWO_PI)
+    step = reduce_turns(inputs.dt[..., None] * omega / TWO_PI)
     step = jnp.moveaxis(step.reshape(step.shape[0], step.shape[1] // chunk, chunk, *step.shape[2:]), 3, 1)
-    inside = _sum_turns(step, masks.same)  # [b, h, m, c, s]
+    inside = sum_turns(step, masks.same)  # [b, h, m, c, s]
     entries = jnp.concatenate([start[:, :, None], inside[:, :, :, -1]], axis=2)  # [b, h, m + 1, s]
-    ends = _sum_turns(entries[:, :, None], masks.ends_same)[:, :, 0]
+    ends = sum_turns(entries[:, :, None], masks.ends_same)[:, :, 0]
     turns = inside + jnp.where(masks.continues[..., None], ends[:, :, :-1, None, :], 0)
-    return _reduce_turns(turns), ends
-
-
-def _sum_turns(turns: jax.Array, mask: jax.Array) -> jax.Array:
-    """Masked sums of turns in [-½, ½] over axis -2, in [-½, ½]; the exact part is reduced before it can round."""
-    coarse, fine = _running_sums(turns, 0.5, mask)
-    return _reduce_turns(_reduce_turns(coarse) + fine)
-
-
-def _reduce_turns(turns: jax.Array) -> jax.Array:
-    """Reduces to [-½, ½], exactly; the derivative is that of the identity."""
-    return turns - jax.lax.stop_gradient(jnp.round(turns))
+    return reduce_turns(turns), ends
 
 
 def _pass_states(start: jax.Array, update: jax.Array, decay: jax.Array, ends_same: jax.Array) -> jax.Array:
@@ -245,7 +219,7 @@ def _pass_states(start: jax.Array, update: jax.Array, decay: jax.Array, ends_sam
 
 def _decays(log_decay: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """L [b, h, m, c], running sums of log_decay; and e^{L_i - L_j} where the mask allows, else 0, [b, h, m, c, c]."""
-    coarse, fine = _running_sums(
+    coarse, fine = running_sums(
         log_decay[..., None], -_min_log_decay(log_decay.dtype), jnp.tri(log_decay.shape[-1], dtype=bool)
     )
     difference = (coarse - jnp.swapaxes(coarse, -1, -2)) + (fine - jnp.swapaxes(fine, -1, -2))
@@ -254,34 +228,12 @@ def _decays(log_decay: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
     return (coarse + fine)[..., 0], jnp.exp(jnp.where(mask, difference, -jnp.inf))
 
 
-def _running_sums(v: jax.Array, bound: float, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over the j with mask[i, j] of v [b, h, m, j, f], |v| ≤ bound, as an exact part and a small one.
-
-    The first part adds multiples of a power of two coarse enough that no sum rounds, so that differences of sums are
-    exact too; the second adds what the first left out, under one such unit per term.
-    """
-    terms = v.shape[-2]
-    unit = 2.0 ** (math.ceil(math.log2(bound * terms)) - jnp.finfo(v.dtype).nmant)
-    coarse = jax.lax.stop_gradient(jnp.round(v / unit) * unit)
-    spec = "ij,bhmjf->bhmif" if mask.ndim == 2 else "bmij,bhmjf->bhmif"
-    mask = mask.astype(v.dtype)
-    return tuple(jnp.einsum(spec, mask, part, precision=_EXACT) for part in (coarse, v - coarse))
-
-
 def _per_head(v: jax.Array, bias: jax.Array | None, heads: int, chunk: int, acc: jnp.dtype) -> jax.Array:
     """[b, t, r, g, n] → [b, h, m, c, r, n] with the bias [h, r, n] added."""
     batch, _, rank, groups, n = v.shape
     v = jnp.moveaxis(v.astype(acc).reshape(batch, -1, chunk, rank, groups, n), 4, 1)  # [b, g, m, c, r, n]
     v = jnp.repeat(v, heads // groups, axis=1)
     return v if bias is None else v + bias.astype(acc)[None, :, None, None]
-
-
-def _per_rank(x: jax.Array, mimo_x: jax.Array | None, rank: int) -> jax.Array:
-    """[b, h, ..., 1, p] → [b, h, ..., r, p]."""
-    if mimo_x is None:
-        return jnp.repeat(x, rank, axis=-2)
-    heads, _, p = mimo_x.shape
-    return x * mimo_x.astype(x.dtype).reshape(1, heads, *(1,) * (x.ndim - 4), rank, p)
 
 
 def _read_out(y: jax.Array, x: jax.Array, z: jax.Array | None, weights: Weights, norm_eps: float) -> jax.Array:

@@ -88,9 +88,7 @@ def state_gradients(
         turned, rest = load_state(last_grad_ptr, row_head, p_column, turned_column, rest_column, P, N, S, PP, UP)
         for back in range(0, SEGMENTS - 1 - segment):
             later = row_head * SEGMENTS + SEGMENTS - 1 - back
-            more, more_rest = load_state(
-                segment_grad_ptr, later, p_column, turned_column, rest_column, P, N, S, PP, UP
-            )
+            more, more_rest = load_state(segment_grad_ptr, later, p_column, turned_column, rest_column, P, N, S, PP, UP)
             decay = tl.load(segment_decay_ptr + later)
             turned = decay * turned + more
             rest = decay * rest + more_rest

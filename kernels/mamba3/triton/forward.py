@@ -119,8 +119,17 @@ def forward(
                                HAS_B_BIAS, R, N, S, SP)  # fmt: skip
         if UP > 0:
             b_rest = load_rows(
-                b_ptr + 2 * S, b_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
-                HAS_B_BIAS, R, N,
+                b_ptr + 2 * S,
+                b_bias_ptr + bias_at + 2 * S,
+                row_at,
+                rank,
+                valid,
+                rest_column,
+                N - 2 * S,
+                UP,
+                HAS_B_BIAS,
+                R,
+                N,
             ).to(operand)
 
         if not STATES_ONLY:
@@ -133,8 +142,17 @@ def forward(
                 y = tl.dot(c_turned, tl.trans(turned.to(operand)), y, input_precision=PRECISION)
             if UP > 0:
                 c_rest = load_rows(
-                    c_ptr + 2 * S, c_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
-                    HAS_C_BIAS, R, N,
+                    c_ptr + 2 * S,
+                    c_bias_ptr + bias_at + 2 * S,
+                    row_at,
+                    rank,
+                    valid,
+                    rest_column,
+                    N - 2 * S,
+                    UP,
+                    HAS_C_BIAS,
+                    R,
+                    N,
                 ).to(operand)
                 scores = tl.dot(c_rest, tl.trans(b_rest), scores, input_precision=PRECISION)
                 y = tl.dot(c_rest, tl.trans(rest.to(operand)), y, input_precision=PRECISION)

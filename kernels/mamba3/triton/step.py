@@ -2,13 +2,14 @@
 
     φ' = φ + Δ ω mod 2π      H' = α H + β Σ_r x_prev,r ⊗ B_prev,r + γ Σ_r x_r ⊗ B_r      y_r = H' C_r + D x_r
 
-Letters as in ../reference.py. Reading and writing H is nearly all the work, so H is asked for first and everything else is
-computed while it arrives: one thread per column turns B and C (column i < s pairs with i + s), the results pass through
-shared memory to every thread. H is [P, C, W], column c·W + w at [:, c, w]: the fewer columns W side by side, the more rows
-of H a warp holds, the fewer steps a sum over n takes between its lanes. Padded extents are PP, NP, RP, powers of two.
+Letters as in ../reference.py. Reading and writing H is nearly all the work, so H is asked for first and everything else
+is computed while it arrives: one thread per column turns B and C (column i < s pairs with i + s), and the results pass
+through shared memory to every thread. H is [P, C, W], column c·W + w at [:, c, w]: the fewer columns W side by side,
+the more rows of H a warp holds, and the fewer steps a sum over n takes between its lanes. PP, NP, RP are P, N, R
+rounded up to powers of two.
 
-In a decoding loop the state is carried: every output of the state takes the buffer of its input where dtypes allow, or XLA
-would copy all of H a second time at every token. A program reads all of its head's old state before it writes any.
+In a decoding loop the state is carried: every output of the state takes the memory of its input where dtypes allow, or
+XLA would copy all of H once more at every token. A program reads all of its head's old state before it writes any.
 """
 
 import functools
@@ -55,7 +56,7 @@ def _wrap(angle):
 
 @triton.jit
 def _cos_sin(angle):
-    """Of an angle in [0, 2π), to float32 accuracy: the library's functions would keep a table for angles of any size."""
+    """Of an angle in [0, 2π), to float32 accuracy; the library's functions carry code for angles of any size."""
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
     rest = (angle - quarter * 1.5703125) - quarter * 4.838267948966e-4
     square = rest * rest
@@ -96,13 +97,13 @@ def _turned(ptr, bias_ptr, column, partner, exists, turns, cos, sin, HAS_BIAS: t
 
 @triton.jit
 def _halves(v, FAST: tl.constexpr):
-    """Two arrays whose sum is v: FAST, bfloat16 and to 2^-17, else v itself and zeros."""
+    """Two arrays whose sum is v: FAST, bfloat16 and to 2^-17, else float32 and exactly."""
+    high = v.to(tl.bfloat16)
+    low = v - high.to(tl.float32)
     if FAST:
-        high = v.to(tl.bfloat16)
-        low = (v - high.to(tl.float32)).to(tl.bfloat16)
+        low = low.to(tl.bfloat16)
     else:
-        high = v
-        low = tl.zeros_like(v)
+        high = high.to(tl.float32)
     return high, low
 
 
@@ -191,17 +192,18 @@ def step_kernel(
     group_b = batch * (R * G * N) + group * N
     if DOTS:
         ranks = tl.arange(0, RP)[:, None]
-        row = ranks * N + column[None, :]
+        own = ranks * N + column[None, :]
+        token_at = ranks * (G * N)
+        weight_at = head * (R * N) + ranks * N
         exists = (ranks < R) & in_n[None, :]
         rotates = (ranks < R) & turns[None, :]
         if S > 0:
             cos, sin = cos[None, :], sin[None, :]
-        before = tl.load(b_prev_ptr + own_b + row, mask=exists, other=0.0).to(tl.float32)
-        at = ranks * (G * N) - ranks * N
-        b = _turned(b_ptr + group_b + at, b_bias_ptr + head * (R * N), row, ranks * N + partner[None, :], exists, rotates, cos, sin,
-                    HAS_B_BIAS, S)  # fmt: skip
-        c = _turned(c_ptr + group_b + at, c_bias_ptr + head * (R * N), row, ranks * N + partner[None, :], exists, rotates, cos, sin,
-                    HAS_C_BIAS, S)  # fmt: skip
+        before = tl.load(b_prev_ptr + own_b + own, mask=exists, other=0.0).to(tl.float32)
+        b = _turned(b_ptr + group_b + token_at, b_bias_ptr + weight_at, column[None, :], partner[None, :],
+                    exists, rotates, cos, sin, HAS_B_BIAS, S)  # fmt: skip
+        c = _turned(c_ptr + group_b + token_at, c_bias_ptr + weight_at, column[None, :], partner[None, :],
+                    exists, rotates, cos, sin, HAS_C_BIAS, S)  # fmt: skip
         # Row k of the product's inner axis: rank, token (the one before, this one), half of x, half of B.
         k = tl.arange(0, 2 * RP)[None, :]
         left = tl.where(k % 2 == 0, x_prev[:, None], x_now[:, None])
@@ -220,8 +222,8 @@ def step_kernel(
         y = tl.dot(h.to(left.dtype), c, input_precision=PRECISION)
         y = tl.sum(tl.reshape(y, (PP, RP, 2)), 2)
         h = tl.reshape(h, (PP, C, W))
-        tl.debug_barrier()
-        tl.store(b_out_ptr + own_b + row, b, mask=exists)
+        tl.debug_barrier()  # other threads may have yet to read what this overwrites
+        tl.store(b_out_ptr + own_b + own, b, mask=exists)
     else:
         bs, ys = (), ()
         for r in tl.static_range(R):
@@ -237,11 +239,12 @@ def step_kernel(
             h += from_now[:, None, None] * _row(b, C, W)
             bs += (b,)
         for r in tl.static_range(R):
-            c = _turned(c_ptr + group_b + r * (G * N), c_bias_ptr + (head * R + r) * N, column, partner, in_n, turns, cos,
-                        sin, HAS_C_BIAS, S)  # fmt: skip
+            bias_at = (head * R + r) * N
+            c = _turned(c_ptr + group_b + r * (G * N), c_bias_ptr + bias_at, column, partner, in_n, turns, cos, sin,
+                        HAS_C_BIAS, S)  # fmt: skip
             ys += (tl.sum(tl.reshape(h * _row(c, C, W), (PP, NP)), 1),)
         y = _stack(ys, R, RP)
-        tl.debug_barrier()
+        tl.debug_barrier()  # other threads may have yet to read what this overwrites
         for r in tl.static_range(R):
             tl.store(b_out_ptr + own_b + r * N + column, bs[r], mask=in_n)
     tl.store(ssm_out_ptr + state_base + state_at, h.to(ssm_out_ptr.dtype.element_ty), mask=in_state)
@@ -297,8 +300,8 @@ def step(
       tiling: how the kernel is laid out; None = `default_tiling`.
 
     Returns:
-      y [b, h, p] in x's dtype and the next state, whose `ssm` keeps its dtype. In a loop that carries the state, and where
-      a jitted caller donates it, it is updated in place.
+      y [b, h, p] in x's dtype and the next state, whose `ssm` keeps its dtype. The state is updated in place in a loop
+      that carries it and where a jitted caller donates it; elsewhere XLA copies it first.
 
     Raises:
       ValueError: a rank above 8.
@@ -331,6 +334,7 @@ def _step(token, weights, state, norm_eps, tiling):
                      for a, b in zip((token, weights, state), axes, strict=True)]  # fmt: skip
             out = jax.lax.map(lambda item: run(*item), tuple(items))
         else:
+
             def fold(v, is_batched):
                 v = v if is_batched else jnp.broadcast_to(v, (size, *v.shape))
                 return v.reshape(-1, *v.shape[2:])
@@ -361,8 +365,8 @@ def _call(
     rank, groups, n = token.b.shape[1:]
     s = token.omega.shape[-1]
     inputs = [
-        token.x, token.z, token.dt, token.a, token.lam, token.omega, token.b, token.c, *weights[:6], weights.norm_weight,
-        *state,
+        token.x, token.z, token.dt, token.a, token.lam, token.omega, token.b, token.c,
+        *weights[:6], weights.norm_weight, *state,
     ]  # fmt: skip
     # A parameter that is not there is never read, but needs an address.
     inputs = [token.x if v is None or v.size == 0 else v for v in inputs]

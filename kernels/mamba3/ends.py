@@ -1,0 +1,34 @@
+"""Where a chunked scan begins and ends: the state that comes in and goes out, and the numbers of documents."""
+
+import jax
+import jax.numpy as jnp
+
+from .inputs import Sequence, Weights
+from .readout import per_rank
+from .rotary import rotate
+from .state import Mamba3State
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def number_documents(segment_ids: jax.Array) -> jax.Array:
+    """Numbers from 0 up, [b, l]: one more wherever the ids change."""
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+
+
+def entering_ssm(seq: Sequence, weights: Weights, state: Mamba3State, acc: jnp.dtype) -> jax.Array:
+    """H before the first token, [b, h, p, n], with the half step due to the token before it folded in."""
+    half_step = ((1 - seq.lam[:, 0].astype(acc)) * seq.dt[:, 0].astype(acc))[..., None, None]  # [b, h, 1, 1]
+    x_prev = per_rank(state.x.astype(acc)[:, :, None, :], weights.mimo_x, state.b.shape[2])
+    due = jnp.einsum("bhrp,bhrn->bhpn", x_prev, state.b.astype(acc), precision=_EXACT)
+    return state.ssm.astype(acc) + half_step * due
+
+
+def leaving_state(angle: jax.Array, ssm: jax.Array, seq: Sequence, weights: Weights, acc: jnp.dtype) -> Mamba3State:
+    """The state after the last token, from its phase in radians and H."""
+    last = jnp.moveaxis(seq.b[:, -1].astype(acc), 1, 2)  # [b, g, r, n]
+    last = jnp.repeat(last, seq.x.shape[2] // last.shape[1], axis=1)
+    if weights.b_bias is not None:
+        last = last + weights.b_bias.astype(acc)[None]
+    return Mamba3State(angle=angle, ssm=ssm, b=rotate(last, angle[:, :, None, :]), x=seq.x[:, -1])

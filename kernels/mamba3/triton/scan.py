@@ -1,0 +1,93 @@
+"""The Triton implementation behind `mamba3_scan`: what it can take, how it cuts a shape up, and its two ends in JAX."""
+
+import jax
+import jax.numpy as jnp
+
+from ..ends import entering_ssm, leaving_state, number_documents
+from ..inputs import Sequence, Weights
+from ..phases import reduce_turns, sum_turns
+from ..readout import per_rank, readout
+from ..rotary import TWO_PI, rotate, wrap_angle
+from ..state import Mamba3State
+from . import op
+from .plans import choose_plan
+
+_MAX_WIDTH = 256  # of the state and of a head, padded to a power of two
+_OPERANDS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def unsupported(seq: Sequence, chunk_size: int | None) -> str | None:
+    """Why the kernels cannot take these inputs; None if they can."""
+    rank, _, n = seq.b.shape[2:]
+    p = seq.x.shape[-1]
+    if seq.x.dtype not in _OPERANDS:
+        return f"x has dtype {seq.x.dtype}; the Triton kernels take float32, bfloat16 and float16"
+    if n > _MAX_WIDTH or p > _MAX_WIDTH // 2:
+        return f"n = {n}, p = {p}; the Triton kernels take n up to {_MAX_WIDTH} and p up to {_MAX_WIDTH // 2}"
+    if rank & (rank - 1) or rank > 16:
+        return f"rank {rank}; the Triton kernels take powers of two up to 16"
+    if chunk_size is not None and (chunk_size & (chunk_size - 1) or not 16 <= chunk_size * rank <= 128):
+        return (
+            f"chunk_size = {chunk_size}; the Triton kernels take powers of two with 16 to 128 rows (positions · rank)"
+        )
+    return None
+
+
+def scan(
+    chunk_size: int | None,
+    seq: Sequence,
+    weights: Weights,
+    state: Mamba3State,
+    segment_ids: jax.Array | None,
+    norm_eps: float,
+) -> tuple[jax.Array, Mamba3State]:
+    """Same contract as `xla.scan`."""
+    acc = jnp.float32
+    dtype = seq.x.dtype
+    operand = jnp.result_type(*(v for v in (seq.x, seq.b, seq.c, seq.z) if v is not None))
+    narrow = {name: None if getattr(seq, name) is None else getattr(seq, name).astype(operand) for name in "xbcz"}
+    wide = {name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")}
+    seq = seq._replace(**narrow, **wide)
+    document = None if segment_ids is None else number_documents(segment_ids)
+    with_norm = weights.norm_weight is not None
+    kernel_seq, kernel_weights = seq, weights
+    if with_norm:  # Between the kernels' y and the gate: skip, norm, gate and the sum over ranks follow in JAX.
+        kernel_seq = seq._replace(z=None)
+        kernel_weights = weights._replace(d=None, mimo_z=None, mimo_o=None, norm_weight=None)
+    s = seq.omega.shape[-1]
+    ssm = op.to_kernel_order(entering_ssm(seq, weights, state, acc), s)
+    inputs = op.Inputs(kernel_seq, kernel_weights, ssm, state.angle.astype(acc), document)
+    y, ssm, angle = op.scan(choose_plan(seq, chunk_size)._replace(row_output=with_norm), inputs)
+    if with_norm:
+        y = _normed(y, seq, weights, norm_eps)
+    ssm = op.from_kernel_order(ssm, s)
+    if document is not None:
+        # The kernels let the phase run on through documents, which does not show in y; the state's starts at the last.
+        own_angle = _last_document_angle(seq, state, document)
+        ssm = rotate(ssm, (own_angle - angle)[:, :, None, :])
+        angle = own_angle
+    return y.astype(dtype), leaving_state(angle, ssm, seq, weights, acc)._replace(x=seq.x[:, -1].astype(dtype))
+
+
+def _normed(y: jax.Array, seq: Sequence, weights: Weights, norm_eps: float) -> jax.Array:
+    """The read-out of y [b, l, h, r, p]."""
+    heads, rank, p = y.shape[2:]
+
+    def expand(w: jax.Array | None, *tail: int) -> jax.Array | None:
+        return None if w is None else w.astype(jnp.float32).reshape(1, 1, heads, *tail)
+
+    x = jnp.swapaxes(per_rank(jnp.swapaxes(seq.x.astype(jnp.float32), 1, 2)[..., None, :], weights.mimo_x, rank), 1, 2)
+    return readout(
+        y.astype(jnp.float32), x, seq.z, expand(weights.d, 1, 1), expand(weights.mimo_z, rank, p),
+        expand(weights.mimo_o, rank, p), expand(weights.norm_weight, 1, p), norm_eps,
+    )  # fmt: skip
+
+
+def _last_document_angle(seq: Sequence, state: Mamba3State, document: jax.Array) -> jax.Array:
+    """The phase after the last token, which starts from 0 at its document (or from the state's, in the first)."""
+    last = document == document[:, -1:]  # [b, l]
+    omega = seq.omega if seq.omega.ndim == 4 else seq.omega[:, :, None, :]
+    steps = reduce_turns(jnp.swapaxes(seq.dt[..., None] * omega / TWO_PI, 1, 2))[:, :, None]  # [b, h, 1, l, s]
+    turns = sum_turns(steps, last[:, None, None, :])[:, :, 0, 0]
+    start = jnp.where((document[:, -1] == 0)[:, None, None], state.angle.astype(jnp.float32), 0)
+    return wrap_angle(turns * TWO_PI + start)
