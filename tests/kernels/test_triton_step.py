@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("jax_triton")
+pytest.importorskip("jax_triton", exc_type=ImportError)
 import triton
 import triton.language as tl
 
@@ -28,13 +28,7 @@ IN_FLOAT32 = ("dt", "a", "lam", "omega")
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    def launch(kernel, args, scalars, out, grid, warps, constants, aliases):
-        # In the interpreter no output lies on an input; that the pairs match is checked here.
-        for source, target in aliases.items():
-            assert (args[source].shape, args[source].dtype) == (out[target].shape, out[target].dtype)
-        return interpreter.launch(kernel, args, scalars, out, grid, warps, constants)
-
-    monkeypatch.setattr(triton_step, "launch", launch)
+    monkeypatch.setattr(triton_step, "launch", interpreter.launch)
 
 
 def _inputs(case: Case, x_dtype="float32", ssm_dtype="float32", weight_dtype="float32"):

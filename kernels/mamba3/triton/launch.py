@@ -13,9 +13,15 @@ def launch(
 ) -> list[jax.Array]:  # fmt: skip
     """Calls a kernel whose parameters are arrays, run-time scalars, outputs and constants, in this order.
 
-    `aliases`: numbers of arrays whose memory outputs take, and of those outputs. XLA copies an array that is needed later.
+    `aliases`: array number → number of the output that takes its memory. XLA first copies arrays still needed later.
+    Under vmap the launches follow one another.
     """
-    return jax_triton.triton_call(
-        *args, *scalars.values(), kernel=kernel, out_shape=list(out), grid=grid, num_warps=warps, num_stages=1,
-        input_output_aliases=aliases, **constants,
-    )  # fmt: skip
+
+    @jax.custom_batching.sequential_vmap
+    def call(*args: jax.Array) -> list[jax.Array]:
+        return jax_triton.triton_call(
+            *args, *scalars.values(), kernel=kernel, out_shape=list(out), grid=grid, num_warps=warps, num_stages=1,
+            input_output_aliases=aliases, **constants,
+        )  # fmt: skip
+
+    return call(*args)
