@@ -30,27 +30,39 @@ from .pieces import (
 
 
 @triton.jit
-def _gated_cotangent(dy_ptr, z_ptr, mimo_z_ptr, mimo_o_ptr, x_at, rank, column, mask, P: tl.constexpr, PP: tl.constexpr,
-                     R: tl.constexpr, HAS_Z: tl.constexpr, HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr,
-                     ROW_OUTPUT: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """g, and what its factors are: the output's cotangent times mimo_o, z, z·mimo_z and its sigmoid (0 if no gate)."""
-    at = x_at * R + rank * P if ROW_OUTPUT else x_at
-    dy = tl.load(dy_ptr + at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    weighted = dy
+def _gate(z, mimo_z_ptr, rank, column, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
+          FAST: tl.constexpr):  # fmt: skip
+    """z·mimo_z in float32, and its sigmoid."""
+    gate = z.to(tl.float32)
+    if HAS_MIMO_Z:
+        gate *= per_rank(mimo_z_ptr, rank, column, P, PP, R, P)
+    return gate, sigmoid(gate, FAST)
+
+
+@triton.jit
+def _gated_cotangent(dy, z, mimo_z_ptr, mimo_o_ptr, rank, column, P: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+                     HAS_Z: tl.constexpr, HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr,
+                     FAST: tl.constexpr):  # fmt: skip
+    """g, float32, from the output's cotangent and z as loaded."""
+    g = dy.to(tl.float32)
     if HAS_MIMO_O:
-        weighted = dy * per_rank(mimo_o_ptr, rank, column, P, PP, R, P)
-    z = tl.zeros_like(dy)
-    gate = z
-    opening = z
-    g = weighted
+        g *= per_rank(mimo_o_ptr, rank, column, P, PP, R, P)
     if HAS_Z:
-        z = tl.load(z_ptr + x_at[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = z
-        if HAS_MIMO_Z:
-            gate = z * per_rank(mimo_z_ptr, rank, column, P, PP, R, P)
-        opening = sigmoid(gate, FAST)
-        g = weighted * gate * opening
-    return g, dy, weighted, z, gate, opening
+        gate, opening = _gate(z, mimo_z_ptr, rank, column, P, PP, R, HAS_MIMO_Z, FAST)
+        g *= gate * opening
+    return g
+
+
+@triton.jit
+def _load_cotangent(dy_ptr, z_ptr, x_at, rank, column, mask, R: tl.constexpr, P: tl.constexpr, HAS_Z: tl.constexpr,
+                    ROW_OUTPUT: tl.constexpr):  # fmt: skip
+    """The output's cotangent and z (itself again if there is no gate) at every row."""
+    at = x_at * R + rank * P if ROW_OUTPUT else x_at
+    dy = tl.load(dy_ptr + at[:, None] + column[None, :], mask=mask, other=0.0)
+    z = dy
+    if HAS_Z:
+        z = tl.load(z_ptr + x_at[:, None] + column[None, :], mask=mask, other=0.0)
+    return dy, z
 
 
 @triton.jit
@@ -109,9 +121,10 @@ def state_gradients(
         x_at = ((batch * length + t) * H + head) * P
         x_mask = within(valid, p_column, P, PP)
         weight_at = head * R * P
-        g, _, _, _, _, _ = _gated_cotangent(
-            dy_ptr, z_ptr, mimo_z_ptr + weight_at, mimo_o_ptr + weight_at, x_at, rank, p_column, x_mask, P, PP, R,
-            HAS_Z, HAS_MIMO_Z, HAS_MIMO_O, ROW_OUTPUT, FAST,
+        dy, z = _load_cotangent(dy_ptr, z_ptr, x_at, rank, p_column, x_mask, R, P, HAS_Z, ROW_OUTPUT)
+        g = _gated_cotangent(
+            dy, z, mimo_z_ptr + weight_at, mimo_o_ptr + weight_at, rank, p_column, P, PP, R, HAS_Z, HAS_MIMO_Z,
+            HAS_MIMO_O, FAST,
         )  # fmt: skip
         added = tl.trans((g * from_start[:, None]).to(operand))
 
@@ -207,14 +220,18 @@ def value_gradients(
     position = start + tl.arange(0, T)
     in_sequence = position < length
 
+    # Every load before the first product: there are too few programs at a time to hide one wait after another.
+    x_own = tl.load(x_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0)
+    dy, z = _load_cotangent(dy_ptr, z_ptr, x_at, rank, p_column, x_mask, R, P, HAS_Z, ROW_OUTPUT)
+    ssm, ssm_rest = load_state(chunk_ssm_ptr, chunk_at, p_column, turned_column, rest_column, P, N, S, PP, UP)
+    grad, grad_rest = load_state(chunk_grad_ptr, chunk_at, p_column, turned_column, rest_column, P, N, S, PP, UP)
     coarse, fine, scale, doc, to_end, from_start, end_decay = chunk_decays(
         decay_ptr, fine_decay_ptr, scale_ptr, doc_ptr, batch, row_head, start, length, R, T, HAS_DOC, EXACT, FAST
     )
+    gamma = tl.load(gamma_ptr + row_head * length + t, mask=valid, other=0.0)
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     y = tl.zeros((ROWS, PP), tl.float32)
     dx = tl.zeros((ROWS, PP), tl.float32)
-    ssm, ssm_rest = load_state(chunk_ssm_ptr, chunk_at, p_column, turned_column, rest_column, P, N, S, PP, UP)
-    grad, grad_rest = load_state(chunk_grad_ptr, chunk_at, p_column, turned_column, rest_column, P, N, S, PP, UP)
     overlap = 0.0
     if S > 0:
         cos, sin = chunk_rotation(phase_ptr, row_head, t, length, s_column, S, SP, FAST)
@@ -239,57 +256,57 @@ def value_gradients(
         y = tl.dot(c_rest, tl.trans(ssm_rest), y, input_precision=PRECISION)
         dx = tl.dot(b_rest, tl.trans(grad_rest), dx, input_precision=PRECISION)
         overlap += tl.sum(ssm_rest.to(tl.float32) * grad_rest.to(tl.float32))
-    y *= from_start[:, None]
-    dx *= to_end[:, None]
 
-    x_own = tl.load(x_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0)
     x = x_own
     if HAS_MIMO_X:
-        weight_x = per_rank(mimo_x_ptr + weight_at, rank, p_column, P, PP, R, P)
-        x = (x_own.to(tl.float32) * weight_x).to(operand)
-    g, dy, weighted, z, gate, opening = _gated_cotangent(
-        dy_ptr, z_ptr, mimo_z_ptr + weight_at, mimo_o_ptr + weight_at, x_at, rank, p_column, x_mask, P, PP, R,
-        HAS_Z, HAS_MIMO_Z, HAS_MIMO_O, ROW_OUTPUT, FAST,
-    )  # fmt: skip
-    tl.store(decay_flow_ptr + chunk_at, end_decay * overlap + tl.sum(y * g))
-
-    gamma = tl.load(gamma_ptr + row_head * length + t, mask=valid, other=0.0)
-    overlaps = tl.dot(g.to(operand), tl.trans(x), input_precision=PRECISION)
+        x = (x_own.to(tl.float32) * per_rank(mimo_x_ptr + weight_at, rank, p_column, P, PP, R, P)).to(operand)
+    g = _gated_cotangent(
+        dy, z, mimo_z_ptr + weight_at, mimo_o_ptr + weight_at, rank, p_column, P, PP, R, HAS_Z, HAS_MIMO_Z,
+        HAS_MIMO_O, FAST,
+    ).to(operand)  # fmt: skip
+    overlaps = tl.dot(g, tl.trans(x), input_precision=PRECISION)
     same = (row // R)[:, None] == (row // R)[None, :]
-    dgamma = tl.sum(tl.where(same, overlaps * scores, 0.0), 1)
+    on_diagonal = tl.sum(tl.where(same, overlaps * scores, 0.0), 1)
     mixed = (scores * mixing(coarse, fine, gamma, scale, doc, R, HAS_DOC, EXACT, FAST)).to(operand)
+    y *= from_start[:, None]
+    flow = tl.sum(tl.sum(y * g.to(tl.float32), 1), 0)
+    tl.store(decay_flow_ptr + chunk_at, end_decay * overlap + flow)
     y = tl.dot(mixed, x, y, input_precision=PRECISION)
-    dx = tl.dot(tl.trans(mixed), g.to(operand), dx, input_precision=PRECISION)
+    dx = tl.dot(tl.trans(mixed), g, dx * to_end[:, None], input_precision=PRECISION)
 
+    # From here on in float32, on the rounded operands, so that what must cancel between rows does.
+    g_wide = g.to(tl.float32)
     x_wide = x.to(tl.float32)
-    by_key = _over_ranks(tl.sum(dx * x_wide, 1) - gamma * dgamma, T, R)
-    by_query = _over_ranks(tl.sum(y * g, 1) - gamma * dgamma, T, R)
+    by_key = _over_ranks(tl.sum(dx * x_wide, 1) - gamma * on_diagonal, T, R)
+    by_query = _over_ranks(tl.sum(y * g_wide, 1) - gamma * on_diagonal, T, R)
     at = row_head * length + position
-    tl.store(dgamma_ptr + at, _over_ranks(dgamma, T, R), mask=in_sequence)
+    tl.store(dgamma_ptr + at, _over_ranks(on_diagonal, T, R), mask=in_sequence)
     tl.store(dscale_ptr + at, by_key / tl.load(scale_ptr + at, mask=in_sequence, other=1.0), mask=in_sequence)
     tl.store(ddecay_ptr + at, tl.cumsum(by_query - by_key, 0, reverse=True), mask=in_sequence)
 
     if HAS_D:
         skip = tl.load(d_ptr + head).to(tl.float32)
-        tl.store(dd_ptr + share, tl.sum(x_wide * g))
+        tl.store(dd_ptr + share, tl.sum(tl.sum(x_wide * g_wide, 1), 0))
         y += skip * x_wide
-        dx += skip * g
+        dx += skip * g_wide
     if HAS_MIMO_X:
         _store_over_positions(dmimo_x_ptr + share * R * P, dx * x_own.to(tl.float32), p_column, P, P, T, R)
-        dx *= weight_x
+        dx *= per_rank(mimo_x_ptr + weight_at, rank, p_column, P, PP, R, P)
     dx_at = ((batch * length + position) * H + head) * P
     _store_rows(dx_ptr, dx_at, _over_ranks(dx, T, R), in_sequence, p_column, P, PP)
-    if HAS_MIMO_O:
-        passed = dy * y
-        if HAS_Z:
-            passed *= gate * opening
-        _store_over_positions(dmimo_o_ptr + share * R * P, passed, p_column, P, P, T, R)
+    passed = dy.to(tl.float32) * y
     if HAS_Z:
-        dgate = weighted * y * opening * (1 + gate * (1 - opening))
+        gate, opening = _gate(z, mimo_z_ptr + weight_at, rank, p_column, P, PP, R, HAS_MIMO_Z, FAST)
+        if HAS_MIMO_O:
+            _store_over_positions(dmimo_o_ptr + share * R * P, passed * gate * opening, p_column, P, P, T, R)
+            passed *= per_rank(mimo_o_ptr + weight_at, rank, p_column, P, PP, R, P)
+        dgate = passed * opening * (1 + gate * (1 - opening))
         if HAS_MIMO_Z:
-            _store_over_positions(dmimo_z_ptr + share * R * P, dgate * z, p_column, P, P, T, R)
+            _store_over_positions(dmimo_z_ptr + share * R * P, dgate * z.to(tl.float32), p_column, P, P, T, R)
             dgate *= per_rank(mimo_z_ptr + weight_at, rank, p_column, P, PP, R, P)
         _store_rows(dz_ptr, dx_at, _over_ranks(dgate, T, R), in_sequence, p_column, P, PP)
+    elif HAS_MIMO_O:
+        _store_over_positions(dmimo_o_ptr + share * R * P, passed, p_column, P, P, T, R)
 
 
 @triton.jit
@@ -301,7 +318,7 @@ def key_gradients(
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr, HEADS: tl.constexpr, TURNED: tl.constexpr,
     OMEGA_HEADS: tl.constexpr, HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr,
     HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr, HAS_Z: tl.constexpr, ROW_OUTPUT: tl.constexpr,
-    HAS_DOC: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DOC: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of HEADS heads of one group: dB and dC, summed over these heads, and the chunk's share of their biases'.
 
@@ -335,7 +352,7 @@ def key_gradients(
     sum_b_imag = tl.zeros((ROWS, PADDED if TURNED else 1), tl.float32)
     sum_c_imag = tl.zeros((ROWS, PADDED if TURNED else 1), tl.float32)
     sum_omega = tl.zeros((T, PADDED if TURNED else 1), tl.float32)
-    for in_block in range(0, HEADS):
+    for in_block in tl.range(0, HEADS, num_stages=STAGES):
         head = block * HEADS + in_block
         row_head = batch * H + head
         share = ((batch * chunks + chunk) * H + head).to(tl.int64) * R * WIDTH
@@ -347,15 +364,16 @@ def key_gradients(
         x = tl.load(x_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0)
         if HAS_MIMO_X:
             x = (x.to(tl.float32) * per_rank(mimo_x_ptr + weight_at, rank, p_column, P, PP, R, P)).to(operand)
-        g, _, _, _, _, _ = _gated_cotangent(
-            dy_ptr, z_ptr, mimo_z_ptr + weight_at, mimo_o_ptr + weight_at, x_at, rank, p_column, x_mask, P, PP, R,
-            HAS_Z, HAS_MIMO_Z, HAS_MIMO_O, ROW_OUTPUT, FAST,
-        )  # fmt: skip
+        dy, z = _load_cotangent(dy_ptr, z_ptr, x_at, rank, p_column, x_mask, R, P, HAS_Z, ROW_OUTPUT)
+        g = _gated_cotangent(
+            dy, z, mimo_z_ptr + weight_at, mimo_o_ptr + weight_at, rank, p_column, P, PP, R, HAS_Z, HAS_MIMO_Z,
+            HAS_MIMO_O, FAST,
+        ).to(operand)  # fmt: skip
         gamma = tl.load(gamma_ptr + row_head * length + t, mask=valid, other=0.0)
-        overlaps = tl.dot(g.to(operand), tl.trans(x), input_precision=PRECISION)
+        overlaps = tl.dot(g, tl.trans(x), input_precision=PRECISION)
         dscores = (overlaps * mixing(coarse, fine, gamma, scale, doc, R, HAS_DOC, EXACT, FAST)).to(operand)
         from_grad = (x.to(tl.float32) * to_end[:, None]).to(operand)
-        from_ssm = (g * from_start[:, None]).to(operand)
+        from_ssm = (g.to(tl.float32) * from_start[:, None]).to(operand)
 
         bias_at = head * R * N
         chunk_at = row_head * chunks + chunk
@@ -403,7 +421,7 @@ def key_gradients(
             dphase = tl.cumsum(_over_ranks(dphase, T, R), 0, reverse=True)
             omega = load_omega(omega_ptr, batch, head, position, length, column, H, S, SP, OMEGA_HEADS)
             tl.store(dturn_ptr + row_head * length + position, tl.sum(dphase * omega, 1), mask=in_sequence)
-            dt = tl.load(dt_ptr + (batch * length + position) * H + head, mask=in_sequence, other=0.0)
+            dt = tl.load(dt_ptr + row_head * length + position, mask=in_sequence, other=0.0)
             domega = dphase * dt[:, None]
             if OMEGA_HEADS:
                 omega_at = ((batch * length + position) * H + head) * S

@@ -15,7 +15,13 @@ from .launch import launch
 from .prepare import prepare
 
 _PREPARE_TILE = 64
-_PREPARE_PROGRAMS = 4096
+_PREPARE_PROGRAMS = 2048
+
+_LOG2_E = 1.4426950408889634
+# 2 to the power of anything lower is 0 in float32, and bounded terms keep running sums accurate.
+_MIN_LOG2_DECAY = -152.0
+# Never 0, so that the backward pass can divide by it.
+_LEAST_SCALE = 1e-20
 
 
 class Plan(NamedTuple):
@@ -46,8 +52,9 @@ class Inputs(NamedTuple):
 class Prepared(NamedTuple):
     """Per head and position; see prepare.py."""
 
+    dt: jax.Array  # [b, h, l], as all but phase
     phase: jax.Array  # [b, h, l, s]
-    decay: jax.Array  # [b, h, l], as the rest
+    decay: jax.Array
     fine_decay: jax.Array
     gamma: jax.Array
     scale: jax.Array
@@ -138,6 +145,16 @@ def _prepare(plan: Plan, inputs: Inputs) -> tuple[Prepared, jax.Array]:
     seq = inputs.seq
     batch, length, heads = seq.dt.shape
     s = seq.omega.shape[-1]
+    # Elementwise, transposed to [b, h, l] on the way: the kernels read a head's positions one after another.
+    decay = jnp.maximum(seq.dt * seq.a * _LOG2_E, _MIN_LOG2_DECAY)
+    gamma = seq.lam * seq.dt
+    half_step = jnp.pad(((1 - seq.lam) * seq.dt)[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    if inputs.document is not None:
+        same = jnp.pad(inputs.document[:, 1:] == inputs.document[:, :-1], ((0, 0), (0, 1)))
+        half_step = jnp.where(same[..., None], half_step, 0)
+    scale = jnp.maximum(gamma + half_step, _LEAST_SCALE)
+    dt, decay, gamma, scale = (jnp.swapaxes(v, 1, 2) for v in (seq.dt, decay, gamma, scale))
+
     constants = _constants(plan, inputs)
     tiles = math.ceil(length / constants["TILE"])
     segments = max(1, min(tiles, _PREPARE_PROGRAMS // (batch * heads)))
@@ -147,21 +164,20 @@ def _prepare(plan: Plan, inputs: Inputs) -> tuple[Prepared, jax.Array]:
     turns = inputs.phase / TWO_PI
     phase = ((turns - jnp.floor(turns + 0.5)) * 2.0**32).astype(jnp.int32)[:, :, None]  # [b, h, 1, s]
     totals = _shape(batch, heads, segments, max(s, 1), dtype=jnp.int32)
-    arguments = [seq.dt, seq.a, seq.lam, seq.omega, inputs.document]
     if segments > 1 and s:
-        *_, steps = _run(prepare, [*arguments, None], scalars, [None] * 5 + [totals], grid, 4,
+        *_, steps = _run(prepare, [dt, decay, seq.omega, None], scalars, [None, None, None, totals], grid, 4,
                          constants | {"TOTALS_ONLY": True})  # fmt: skip
         phase = jnp.concatenate([phase, steps[:, :, :-1]], axis=2)
         phase = jnp.cumsum(phase, axis=2, dtype=jnp.int32)
-    per_position = _shape(batch, heads, length)
-    phases = _shape(batch, heads, length, max(s, 1), dtype=jnp.int32 if constants["EXACT"] else jnp.int16)
-    *prepared, ends = _run(
-        prepare, [*arguments, phase], scalars,
-        [phases, per_position, per_position if constants["EXACT"] else None, per_position, per_position, totals],
-        grid, 4, constants | {"TOTALS_ONLY": False},
+    sums = _shape(batch, heads, length)
+    exact = constants["EXACT"]
+    phases = _shape(batch, heads, length, max(s, 1), dtype=jnp.int32 if exact else jnp.int16)
+    phases, sums, fine_sums, ends = _run(
+        prepare, [dt, decay, seq.omega, phase], scalars, [phases, sums, sums if exact else None, totals], grid, 4,
+        constants | {"TOTALS_ONLY": False},
     )  # fmt: skip
     last_phase = (ends[:, :, -1, :s].astype(jnp.float32) * (TWO_PI / 2.0**32)) % TWO_PI
-    return Prepared(*prepared), last_phase
+    return Prepared(dt, phases, sums, fine_sums, gamma, scale), last_phase
 
 
 def _grid(plan: Plan, inputs: Inputs) -> tuple[tuple[int, int, int], dict[str, int]]:
@@ -181,7 +197,7 @@ def _forward(plan: Plan, inputs: Inputs, prepared: Prepared, save: bool):
     batch, length, heads, p = seq.x.shape
     grid, scalars = _grid(plan, inputs)
     constants = _constants(plan, inputs) | {"SAVE": save, "STATES_ONLY": False}
-    given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared, inputs.ssm]
+    given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared[1:], inputs.ssm]
     decays = _shape(batch, heads, plan.segments)
     before = [None, None]
     if plan.segments > 1:
@@ -246,7 +262,7 @@ def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, 
         "mimo_z": share(weights.mimo_z, rank, p),
         "mimo_o": share(weights.mimo_o, rank, p),
     }
-    given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared, chunk_ssm, chunk_grad, dy]
+    given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared[1:], chunk_ssm, chunk_grad, dy]
     grid = (chunks, heads, batch)
     arrays = _run(value_gradients, given, {"length": length}, list(out.values()), grid, plan.value_warps,
                   _constants(plan, inputs))  # fmt: skip
@@ -260,7 +276,7 @@ def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, ch
     rank, groups, n = seq.b.shape[2:]
     s = seq.omega.shape[-1]
     chunks, blocks = math.ceil(length / plan.positions), heads // plan.key_heads
-    given = [seq.x, seq.z, seq.dt, seq.omega, seq.b, seq.c, *weights[:5], inputs.document, *prepared]
+    given = [seq.x, seq.z, prepared.dt, seq.omega, seq.b, seq.c, *weights[:5], inputs.document, *prepared[1:]]
     given += [chunk_ssm, chunk_grad, dy]
     found = []
     for turned, width in ((True, 2 * s), (False, n - 2 * s)):

@@ -9,13 +9,10 @@ side: a permutation of the n coordinates that B, C and the state share, so produ
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 # 1 / 2π in two parts; the first has few enough bits for the second to repair its rounding.
 _TURNS_HIGH = tl.constexpr(0.15917968750)
 _TURNS_LOW = tl.constexpr(-2.4744408106e-05)
 _TWO_PI = tl.constexpr(6.283185307179586)
-# 2 to the power of anything lower is 0 in float32, and bounded terms keep running sums accurate.
-_MIN_LOG2_DECAY = tl.constexpr(-152.0)
 
 
 @triton.jit
@@ -25,12 +22,6 @@ def turn_steps(dt, omega):
     turns = angle * _TURNS_HIGH + angle * _TURNS_LOW
     turns = turns - tl.floor(turns + 0.5)
     return (turns * 4294967296.0).to(tl.int32)
-
-
-@triton.jit
-def log2_decay(dt, a):
-    """Δ A log₂e, bounded."""
-    return tl.maximum(dt * a * LOG2_E, _MIN_LOG2_DECAY)
 
 
 @triton.jit
