@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from m3jax.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float64")
+_IMPLEMENTATIONS = ("reference", "triton", "xla")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     state_dtype: str = "float32"  # of the recurrent state carried between calls
     chunk_size: int | None = None  # None = the scan's own choice
-    scan_implementation: str | None = None  # None = the fastest that runs here
+    scan_implementation: str | None = None  # reference, xla or triton, of scan and step; None = the fastest here
     remat: str = "full"  # what the backward recomputes per layer: none, dots (all but matmuls) or full
 
     @property
@@ -247,6 +248,8 @@ def _check_model(m: ModelConfig) -> None:
     for name in ("dtype", "param_dtype", "state_dtype"):
         _one_of(f"model.{name}", getattr(m, name), _DTYPES)
     _require(m.chunk_size is None or m.chunk_size >= 1, "model.chunk_size", m.chunk_size, "None or at least 1")
+    if m.scan_implementation is not None:
+        _one_of("model.scan_implementation", m.scan_implementation, _IMPLEMENTATIONS)
     _one_of("model.remat", m.remat, ("none", "dots", "full"))
 
 

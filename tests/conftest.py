@@ -1,11 +1,16 @@
-"""Settings of the whole suite: eight simulated CPU devices, no silent rank promotion, float64 on request."""
+"""Settings of the whole suite: eight simulated CPU devices, Triton's interpreter, no silent rank promotion.
+
+With M3JAX_TEST_GPU=1 (`make test-gpu`) the tests run on the GPU that is there, and Triton compiles.
+"""
 
 import os
 
-# Level 0 halves the time to compile, which is most of what the suite does; arithmetic stays IEEE.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.get("M3JAX_TEST_GPU") != "1":
+    # Level 0 halves the time to compile, which is most of what the suite does; arithmetic stays IEEE.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
 
 import jax
 import pytest

@@ -46,13 +46,17 @@ def phase_walk(steps: int) -> float:
     return SAFETY / 4 * 2.0**-22 * math.sqrt(steps)
 
 
-def assert_close(actual, expected, tolerance: float, name: str) -> None:
-    """Compares relative to the largest expected entry; the message gives max, mean and RMS ratio."""
+def assert_close(actual, expected, tolerance: float, name: str, scale: float = 0.0) -> None:
+    """Compares relative to the largest expected entry, or to `scale` if that is larger.
+
+    `scale`: for results that are small differences of large terms, the size of a term. The message gives max, mean and
+    RMS ratio.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if expected.size == 0:
         return
-    error, scale = np.abs(actual - expected), max(np.abs(expected).max(), FLOAT32_UNDERFLOW)
+    error, scale = np.abs(actual - expected), max(np.abs(expected).max(), FLOAT32_UNDERFLOW, scale)
     largest = error.max() / scale
     rms = np.sqrt((error**2).mean() / max((expected**2).mean(), 1e-300))
     assert largest <= tolerance, (

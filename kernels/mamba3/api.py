@@ -11,10 +11,12 @@ from .state import Mamba3State
 
 try:
     from .triton import scan as triton_scan
+    from .triton import step as triton_step
 except ImportError as error:  # jax-triton comes with the extra "cuda"
-    triton_scan, _NO_TRITON = None, str(error)
+    triton_scan, triton_step, _NO_TRITON = None, None, str(error).splitlines()[0]
 
 _log = logging.getLogger(__name__)
+_LEAST_CAPABILITY = 8.0  # the first with bfloat16 matrix products and asynchronous copies
 _IMPLEMENTATIONS = ("reference", "triton", "xla")
 
 
@@ -90,8 +92,9 @@ def mamba3_scan(
         initial_state = Mamba3State.zeros(
             x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype
         )
+    why_not_triton = _why_not_triton(seq, chunk_size)
     if implementation is None:
-        implementation = "triton" if _why_not_triton(seq, chunk_size) is None else "xla"
+        implementation = "xla" if why_not_triton else "triton"
         _log_choice("scan", implementation, jax.default_backend())
     match implementation:
         case "reference":
@@ -99,9 +102,7 @@ def mamba3_scan(
         case "xla":
             run = functools.partial(xla.scan, chunk_size)
         case "triton":
-            reason = _why_not_triton(seq, chunk_size)
-            if reason is not None:
-                raise ValueError(f'implementation = "triton" cannot run here: {reason}.')
+            _require_triton(why_not_triton)
             run = functools.partial(triton_scan.scan, chunk_size)
         case _:
             raise _unknown(implementation)
@@ -132,28 +133,59 @@ def mamba3_step(
 ) -> tuple[jax.Array, Mamba3State]:
     """One token of the recurrence; arguments as in `mamba3_scan` without the length axis.
 
+    "reference" and "xla" are the same here. "triton" is one kernel; where x and `state.ssm` are both bfloat16 and the
+    rank is 4 or more, it reads y from the state as it is stored (rounded to bfloat16), not as it was before rounding.
+
     Returns:
       y [b, h, p] in x's dtype, and the next state. `state.ssm` keeps the dtype it came in.
 
     Raises:
-      ValueError: a shape that does not fit (the argument is named) or an unknown implementation.
+      ValueError: a shape that does not fit (the argument is named), an unknown implementation or one that cannot run
+        here (with the reason).
       TypeError: an argument that is not floating point.
     """
     token = Sequence(x, dt, a, b, c, lam, omega, z)
     weights = Weights(b_bias, c_bias, mimo_x, mimo_z, mimo_o, d, norm_weight)
     check_inputs(token, weights, state, None, has_length=False)
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise _unknown(implementation)
-    y, new_state = reference.step(token, weights, state, norm_eps)
+    why_not_triton = _why_not_triton_step(token, state)
+    if implementation is None:
+        implementation = "reference" if why_not_triton else "triton"
+        _log_choice("step", implementation, jax.default_backend())
+    match implementation:
+        case "reference" | "xla":
+            run = reference.step
+        case "triton":
+            _require_triton(why_not_triton)
+            run = triton_step.step
+        case _:
+            raise _unknown(implementation)
+    y, new_state = run(token, weights, state, norm_eps)
     return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
 
 
 def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:
+    return _no_triton_here() or triton_scan.unsupported(seq, chunk_size)
+
+
+def _why_not_triton_step(token: Sequence, state: Mamba3State) -> str | None:
+    return _no_triton_here() or triton_step.unsupported(token, state)
+
+
+def _no_triton_here() -> str | None:
+    """Why no Triton kernel can run on this machine; None if they can."""
     if triton_scan is None:
         return f'{_NO_TRITON} (install the extra "cuda")'
     if jax.default_backend() != "gpu":
         return f"the default device is a {jax.default_backend()}"
-    return triton_scan.unsupported(seq, chunk_size)
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))  # "gfx90a" or so from AMD
+    if not capability.replace(".", "", 1).isdigit() or float(capability) < _LEAST_CAPABILITY:
+        return f"the GPU's compute capability is {capability}; the kernels need an NVIDIA GPU of {_LEAST_CAPABILITY} on"
+    return None
+
+
+def _require_triton(why_not: str | None) -> None:
+    if why_not is not None:
+        raise ValueError(f'implementation = "triton" cannot run here: {why_not}.')
 
 
 def _unknown(implementation: str) -> ValueError:

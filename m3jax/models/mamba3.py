@@ -47,13 +47,14 @@ class Mamba3Mixer(nn.Module):
         """
         m = self.config
         seq, weights = self._coefficients(u), self._weights()
+        options = {"implementation": m.scan_implementation, "norm_eps": EPSILON}
         if u.ndim == 2:
-            y, state = mamba3_step(**seq, state=state, **weights, norm_eps=EPSILON)
+            y, state = mamba3_step(**seq, state=state, **weights, **options)
         else:
-            options = {"chunk_size": m.chunk_size, "implementation": m.scan_implementation, "norm_eps": EPSILON}
             y, new_state = mamba3_scan(
-                **seq, **weights, **options, segment_ids=segment_ids, initial_state=state, return_state=True
-            )
+                **seq, **weights, **options, chunk_size=m.chunk_size, segment_ids=segment_ids, initial_state=state,
+                return_state=True,
+            )  # fmt: skip
             state = None if state is None else new_state._replace(ssm=new_state.ssm.astype(m.state_dtype))
         y = y.reshape(*u.shape[:-1], m.d_inner)
         return linear(m, m.d_model, "out_proj", closes_residual=True)(y), state

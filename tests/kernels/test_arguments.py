@@ -14,7 +14,7 @@ from tests.kernels.cases import Case, make
     ({"omega": np.zeros((2, 21, 7), np.float32)}, "s = 7 angles; the state width n = 12 allows 6"),
     ({"segment_ids": np.zeros((2, 20), np.int32)}, r"segment_ids has shape \(2, 20\)"),
     ({"chunk_size": 0}, "chunk_size = 0; expected at least 1"),
-    ({"implementation": "cuda"}, "implementation = 'cuda'; expected None or one of reference, xla"),
+    ({"implementation": "cuda"}, "implementation = 'cuda'; expected None or one of reference, triton, xla"),
     ({"x": np.zeros((21, 4, 8), np.float32)}, r"x must be \[b, l, h, p\]"),
     ({"initial_state": Mamba3State.zeros(2, 4, 8, 12, 2, 3)}, r"state.b has shape \(2, 4, 2, 12\)"),
 ])  # fmt: skip

@@ -218,9 +218,3 @@ def test_vmap(weights_too):
         own = jax.tree.map(lambda v, i=i: v[i], weights) if weights_too else weights
         expected = step(jax.tree.map(lambda v, i=i: v[i], tokens), own)
         jax.tree.map(lambda a, e, i=i: np.testing.assert_array_equal(a[i], e), (y, new), expected)
-
-
-def test_names_the_rank_it_cannot_run():
-    tokens, weights, state = _inputs(dataclasses.replace(SISO, r=9, l=1))
-    with pytest.raises(ValueError, match="ranks up to 8; got 9"):
-        triton_step.step(_at(tokens, 0), weights, state, EPSILON)

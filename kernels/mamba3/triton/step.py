@@ -33,7 +33,9 @@ _TWO_PI_HIGH = tl.constexpr(6.28125)
 _TWO_PI_LOW = tl.constexpr(6.283185307179586 - 6.28125)
 _ALL_GONE = tl.constexpr(-110.0)  # e to this power is 0 in float32
 _MAX_RANK = 8  # of what the sum over ranks is written for
+_MAX_HEADDIM, _MAX_D_STATE = 128, 256  # a head's state is in the registers of 16 warps
 _MAX_WARPS = 16
+_NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Tiling(NamedTuple):
@@ -286,6 +288,20 @@ def default_tiling(rank: int, headdim: int, d_state: int, ssm_dtype: jnp.dtype, 
     return Tiling(columns, warps, dots=narrow and rank >= 4 and min(headdim, d_state) >= 16)
 
 
+def unsupported(token: Sequence, state: Mamba3State) -> str | None:
+    """Why the kernel cannot take these inputs; None if it can."""
+    rank, p, n = token.b.shape[1], token.x.shape[-1], token.b.shape[-1]
+    arrays = {name: getattr(token, name) for name in "xbcz"} | {"state.ssm": state.ssm, "state.x": state.x}
+    for name, v in arrays.items():
+        if v is not None and v.dtype not in _NARROW:
+            return f"{name} has dtype {v.dtype}; the Triton step takes float32, bfloat16 and float16"
+    if p > _MAX_HEADDIM or n > _MAX_D_STATE:
+        return f"n = {n}, p = {p}; the Triton step takes n up to {_MAX_D_STATE} and p up to {_MAX_HEADDIM}"
+    if rank > _MAX_RANK:
+        return f"rank {rank}; the Triton step takes ranks up to {_MAX_RANK}"
+    return None
+
+
 @functools.partial(jax.jit, static_argnames=("norm_eps", "tiling"))
 def step(
     token: Sequence, weights: Weights, state: Mamba3State, norm_eps: float, tiling: Tiling | None = None
@@ -293,24 +309,20 @@ def step(
     """One token, as `reference.step`, on a GPU; derivatives are those of `reference.step`.
 
     Args:
-      token: as `Sequence` without the length axis; dt, a, lam and omega float32, the rest float32 or narrower.
+      token: as `Sequence` without the length axis, of what `unsupported` allows.
       weights: as in `reference.step`.
-      state: the state before the token; angle and b float32.
+      state: the state before the token.
       norm_eps: epsilon of the norm.
       tiling: how the kernel is laid out; None = `default_tiling`.
 
     Returns:
       y [b, h, p] in x's dtype and the next state, whose `ssm` keeps its dtype. The state is updated in place in a loop
       that carries it and where a jitted caller donates it; elsewhere XLA copies it first.
-
-    Raises:
-      ValueError: a rank above 8.
     """
-    rank = token.b.shape[1]
-    if rank > _MAX_RANK:
-        raise ValueError(f"The Triton step runs ranks up to {_MAX_RANK}; got {rank}.")
+    token = token._replace(**{name: getattr(token, name).astype(jnp.float32) for name in ("dt", "a", "lam", "omega")})
+    state = state._replace(angle=state.angle.astype(jnp.float32), b=state.b.astype(jnp.float32))
     if tiling is None:
-        tiling = default_tiling(rank, token.x.shape[-1], token.b.shape[-1], state.ssm.dtype, token.x.dtype)
+        tiling = default_tiling(token.b.shape[1], token.x.shape[-1], token.b.shape[-1], state.ssm.dtype, token.x.dtype)
     return _step(token, weights, state, norm_eps, tiling)
 
 
