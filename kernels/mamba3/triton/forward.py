@@ -49,7 +49,7 @@ def forward(
     x_ptr, z_ptr, b_ptr, c_ptr, b_bias_ptr, c_bias_ptr, mimo_x_ptr, mimo_z_ptr, mimo_o_ptr, d_ptr, doc_ptr,
     phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr,
     ssm_ptr, segment_ssm_ptr, segment_decay_ptr, length, chunks,
-    y_ptr, last_ssm_ptr, last_decay_ptr, chunk_ssm_ptr,
+    y_ptr, last_ssm_ptr, last_decay_ptr, chunk_ssm_ptr, y_row_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr, SEGMENTS: tl.constexpr,
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr,
@@ -61,7 +61,7 @@ def forward(
 
     ROW_OUTPUT: y of every rank, [b, l, h, r, p], instead of their sum.
     STATES_ONLY: from a zero state; writes H and decay of every segment to last_*, and no y.
-    SAVE: writes H entering every chunk.
+    SAVE: writes H entering every chunk, and y of every rank before the gate, [b, l, h, r, p].
     """
     ROWS: tl.constexpr = T * R
     segment = tl.program_id(0)
@@ -162,6 +162,8 @@ def forward(
 
             if HAS_D:
                 y += tl.load(d_ptr + head).to(tl.float32) * x.to(tl.float32)
+            if SAVE:
+                tl.store(y_row_ptr + (x_at * R + rank * P)[:, None] + p_column[None, :], y.to(operand), mask=x_mask)
             if HAS_Z:
                 gate = tl.load(z_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0).to(tl.float32)
                 if HAS_MIMO_Z:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ..inputs import Sequence, Weights
+from ..readout import readout
 from ..rotary import TWO_PI
-from .backward import key_gradients, state_gradients, value_gradients
+from .backward import flows, key_gradients, state_gradients, value_gradients
 from .forward import forward
 from .launch import launch
 from .prepare import prepare
@@ -76,29 +77,26 @@ def from_kernel_order(v: jax.Array, s: int) -> jax.Array:
 def scan(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y, and H and the phase in radians after the last token; documents do not reset the phase here."""
     prepared, last_phase = _prepare(plan, inputs)
-    y, ssm, _ = _forward(plan, inputs, prepared, save=False)
+    y, ssm, _, _ = _forward(plan, inputs, prepared, save=False)
     return y, ssm, last_phase
 
 
 def _scan_forward(plan: Plan, inputs: Inputs):
     prepared, last_phase = _prepare(plan, inputs)
-    y, ssm, chunk_ssm = _forward(plan, inputs, prepared, save=True)
-    return (y, ssm, last_phase), (inputs, prepared, ssm, chunk_ssm)
+    y, ssm, y_rows, chunk_ssm = _forward(plan, inputs, prepared, save=True)
+    return (y, ssm, last_phase), (inputs, prepared, ssm, y_rows, chunk_ssm)
 
 
 def _scan_backward(plan: Plan, residuals, cotangents) -> tuple[Inputs]:
-    inputs, prepared, ssm, chunk_ssm = residuals
+    inputs, prepared, ssm, y_rows, chunk_ssm = residuals
     dy, dssm, dphase = cotangents
-    s = inputs.phase.shape[-1]
-    chunk_grad, first_grad = _state_gradients(plan, inputs, prepared, dy, dssm)
-    parts = _value_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, dy)
-    parts |= _key_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, dy)
-    # What a step of the last chunk does to H beyond it.
-    decay_flow = jnp.sum(dssm * ssm, axis=(-2, -1))  # [b, h]
-    pairs = (v[..., : 2 * s].reshape(*v.shape[:-1], s, 2) for v in (dssm, ssm))
-    gradient, state = pairs
-    last_flow = jnp.sum(gradient[..., 1] * state[..., 0] - gradient[..., 0] * state[..., 1], axis=-2)  # [b, h, s]
-    return (_combine(plan, inputs, parts, first_grad, decay_flow, last_flow, dphase),)
+    g, dz, dmimo_z, dmimo_o = _gate_gradients(plan, inputs, y_rows, dy)
+    chunk_grad, first_grad = _state_gradients(plan, inputs, prepared, g, dssm)
+    parts = {"z": dz, "mimo_z": dmimo_z, "mimo_o": dmimo_o}
+    parts |= _flows(plan, inputs, ssm, dssm, chunk_ssm, chunk_grad)
+    parts |= _value_gradients(plan, inputs, prepared, y_rows, chunk_grad, g)
+    parts |= _key_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, g)
+    return (_combine(plan, inputs, parts, first_grad, dphase),)
 
 
 scan.defvjp(_scan_forward, _scan_backward)
@@ -186,126 +184,156 @@ def _grid(plan: Plan, inputs: Inputs) -> tuple[tuple[int, int, int], dict[str, i
     return (plan.segments, heads, batch), {"length": length, "chunks": math.ceil(chunks / plan.segments)}
 
 
-def _states(plan: Plan, inputs: Inputs, axis: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+def _states(inputs: Inputs, axis: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     batch, heads, p, n = inputs.ssm.shape
     return _shape(batch, heads, axis, p, n, dtype=dtype)
 
 
 def _forward(plan: Plan, inputs: Inputs, prepared: Prepared, save: bool):
-    """y, H after the last token, and H entering every chunk (if asked to save)."""
+    """y, H after the last token, and if asked to save: y of every rank before the gate, H entering every chunk."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, p = seq.x.shape
+    rank = seq.b.shape[2]
     grid, scalars = _grid(plan, inputs)
     constants = _constants(plan, inputs) | {"SAVE": save, "STATES_ONLY": False}
     given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared[1:], inputs.ssm]
     decays = _shape(batch, heads, plan.segments)
     before = [None, None]
     if plan.segments > 1:
-        _, *before, _ = _run(
-            forward, [*given, None, None], scalars, [None, _states(plan, inputs, plan.segments), decays, None], grid,
-            plan.warps, constants | {"STATES_ONLY": True, "SAVE": False},
+        _, *before, _, _ = _run(
+            forward, [*given, None, None], scalars,
+            [None, _states(inputs, plan.segments), decays, None, None], grid, plan.warps,
+            constants | {"STATES_ONLY": True, "SAVE": False},
         )  # fmt: skip
-    rows = (seq.b.shape[2],) if plan.row_output else ()
-    kept = _states(plan, inputs, math.ceil(length / plan.positions), seq.x.dtype) if save else None
-    y, ssm, _, chunk_ssm = _run(
+    saved = [None, None]
+    rows = _shape(batch, length, heads, rank, p, dtype=seq.x.dtype)
+    if save:
+        saved = [_states(inputs, math.ceil(length / plan.positions), seq.x.dtype), rows]
+    y, ssm, _, chunk_ssm, y_rows = _run(
         forward, [*given, *before], scalars,
-        [_shape(batch, length, heads, *rows, p, dtype=seq.x.dtype), _shape(*inputs.ssm.shape), None, kept],
-        grid, plan.warps, constants,
+        [rows if plan.row_output else seq.x, _shape(*inputs.ssm.shape), None, *saved], grid, plan.warps, constants,
     )  # fmt: skip
-    return y, ssm, chunk_ssm
+    return y, ssm, y_rows, chunk_ssm
 
 
-def _state_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, dy: jax.Array, dssm: jax.Array):
+def _gate_gradients(plan: Plan, inputs: Inputs, y_rows: jax.Array, dy: jax.Array):
+    """Gradients of y before the gate, [b, l, h, r, p], and of z, mimo_z and mimo_o."""
+    seq, weights = inputs.seq, inputs.weights
+    heads, rank, p = y_rows.shape[2:]
+    if plan.row_output:
+        return dy, None, None, None
+
+    def gated(y: jax.Array, z: jax.Array | None, *mimo: jax.Array | None) -> jax.Array:
+        mimo_z, mimo_o = (None if w is None else w.astype(jnp.float32)[None, None] for w in mimo)
+        return readout(y.astype(jnp.float32), y, z, None, mimo_z, mimo_o, None, 0.0)
+
+    _, pullback = jax.vjp(gated, y_rows, seq.z, weights.mimo_z, weights.mimo_o)
+    return pullback(dy.astype(jnp.float32))
+
+
+def _state_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, g: jax.Array, dssm: jax.Array):
     """Gradient of H after every chunk, and before the first."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, _ = seq.x.shape
     grid, scalars = _grid(plan, inputs)
     constants = _constants(plan, inputs) | {"STATES_ONLY": False}
-    gate = seq.x if seq.z is None else seq.z  # tells the kernel the operands' dtype
-    given = [gate, seq.c, weights.c_bias, weights.mimo_z, weights.mimo_o, inputs.document]
-    given += [prepared.phase, prepared.decay, prepared.fine_decay, prepared.scale, dy, dssm]
+    given = [g, seq.c, weights.c_bias, inputs.document]
+    given += [prepared.phase, prepared.decay, prepared.fine_decay, prepared.scale, dssm]
     after = [None, None]
     if plan.segments > 1:
         _, *after = _run(
             state_gradients, [*given, None, None], scalars,
-            [None, _states(plan, inputs, plan.segments), _shape(batch, heads, plan.segments)], grid, plan.warps,
+            [None, _states(inputs, plan.segments), _shape(batch, heads, plan.segments)], grid, plan.warps,
             constants | {"STATES_ONLY": True},
         )  # fmt: skip
     chunk_grad, first_grad, _ = _run(
         state_gradients, [*given, *after], scalars,
-        [_states(plan, inputs, math.ceil(length / plan.positions), seq.x.dtype), _shape(*inputs.ssm.shape), None],
+        [_states(inputs, math.ceil(length / plan.positions), seq.x.dtype), _shape(*inputs.ssm.shape), None],
         grid, plan.warps, constants,
     )  # fmt: skip
     return chunk_grad, first_grad
 
 
-def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, dy) -> dict[str, jax.Array]:
-    """Gradients of x and z, and parts of those of the coefficients and of the weights on the values."""
+def _flows(plan: Plan, inputs: Inputs, ssm, dssm, chunk_ssm, chunk_grad) -> dict[str, jax.Array]:
+    """What a step of the decay, [b, h, chunks], or of a phase, [b, h, chunks, s], does beyond its chunk through H."""
+    batch, heads, chunks = chunk_ssm.shape[:3]
+    s = inputs.phase.shape[-1]
+    decay_flow = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
+    phase_flow = _phase_flow(dssm, ssm, s)[:, :, None]
+    if chunks > 1:
+        decays, phases = _run(
+            flows, [chunk_ssm, chunk_grad], {"length": inputs.seq.x.shape[1]},
+            [_shape(batch, heads, chunks), _shape(batch, heads, chunks, s) if s else None],
+            (chunks - 1, heads, batch), 4, _constants(plan, inputs),
+        )  # fmt: skip
+        decay_flow = jnp.concatenate([decays[:, :, :-1], decay_flow], axis=2)
+        if s:
+            phase_flow = jnp.concatenate([phases[:, :, :-1], phase_flow], axis=2)
+    return {"decay_flow": decay_flow, "phase_flow": phase_flow}
+
+
+def _phase_flow(grad: jax.Array, ssm: jax.Array, s: int) -> jax.Array:
+    """Derivative with respect to turning H by each phase: [b, h, p, n] twice → [b, h, s]."""
+    grad, ssm = (v[..., : 2 * s].reshape(*v.shape[:-1], s, 2) for v in (grad, ssm))
+    return jnp.sum(grad[..., 1] * ssm[..., 0] - grad[..., 0] * ssm[..., 1], axis=-2)
+
+
+def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, y_rows, chunk_grad, g) -> dict[str, jax.Array]:
+    """Gradient of x, and parts of those of the coefficients, D and mimo_x."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, p = seq.x.shape
     rank = seq.b.shape[2]
     chunks = math.ceil(length / plan.positions)
     per_position = _shape(batch, heads, length)
-
-    def share(weight: jax.Array | None, *axes: int) -> jax.ShapeDtypeStruct | None:
-        return None if weight is None else _shape(batch, chunks, heads, *axes)
-
     out = {
-        "x": _shape(*seq.x.shape, dtype=seq.x.dtype),
-        "z": None if seq.z is None else _shape(*seq.x.shape, dtype=seq.x.dtype),
+        "x": seq.x,
         "scale": per_position,
         "gamma": per_position,
         "decay": per_position,
-        "decay_flow": _shape(batch, heads, chunks),
-        "d": share(weights.d),
-        "mimo_x": share(weights.mimo_x, rank, p),
-        "mimo_z": share(weights.mimo_z, rank, p),
-        "mimo_o": share(weights.mimo_o, rank, p),
+        "d": None if weights.d is None else _shape(batch, chunks, heads),
+        "mimo_x": None if weights.mimo_x is None else _shape(batch, chunks, heads, rank, p),
     }
-    given = [seq.x, seq.z, seq.b, seq.c, *weights[:6], inputs.document, *prepared[1:], chunk_ssm, chunk_grad, dy]
-    grid = (chunks, heads, batch)
-    arrays = _run(value_gradients, given, {"length": length}, list(out.values()), grid, plan.value_warps,
-                  _constants(plan, inputs))  # fmt: skip
+    given = [seq.x, y_rows, seq.b, seq.c, weights.b_bias, weights.c_bias, weights.mimo_x, weights.d, inputs.document]
+    given += [*prepared[1:], chunk_grad, g]
+    arrays = _run(value_gradients, given, {"length": length}, list(out.values()), (chunks, heads, batch),
+                  plan.value_warps, _constants(plan, inputs))  # fmt: skip
     return dict(zip(out, arrays, strict=True))
 
 
-def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, dy) -> dict[str, jax.Array]:
+def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, g) -> dict[str, jax.Array]:
     """Gradients of B, C and their biases, and the phase's parts of those of Δ and ω."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, _ = seq.x.shape
     rank, groups, n = seq.b.shape[2:]
     s = seq.omega.shape[-1]
     chunks, blocks = math.ceil(length / plan.positions), heads // plan.key_heads
-    given = [seq.x, seq.z, prepared.dt, seq.omega, seq.b, seq.c, *weights[:5], inputs.document, *prepared[1:]]
-    given += [chunk_ssm, chunk_grad, dy]
-    found = []
-    for turned, width in ((True, 2 * s), (False, n - 2 * s)):
-        if not width:
-            continue
-        rows = _shape(blocks, batch, length, rank, width)
-        biases = [None if v is None else _shape(batch, chunks, heads, rank, width)
-                  for v in (weights.b_bias, weights.c_bias)]  # fmt: skip
-        phases = [None, None, None]
-        if turned:
-            omega = seq.omega.shape if seq.omega.ndim == 4 else (blocks, *seq.omega.shape)
-            phases = [_shape(*omega), _shape(batch, heads, length), _shape(batch, heads, chunks, s)]
-        *arrays, domega, dturn, phase_flow = _run(
-            key_gradients, given, {"length": length}, [rows, rows, *biases, *phases], (chunks, blocks, batch),
-            plan.key_warps, _constants(plan, inputs) | {"TURNED": turned},
+    domega_shape = seq.omega.shape if seq.omega.ndim == 4 else (blocks, *seq.omega.shape)
+    parts = {}
+    for name, own, other, own_bias, other_bias, states in (
+        ("b", seq.b, seq.c, weights.b_bias, weights.c_bias, chunk_grad),
+        ("c", seq.c, seq.b, weights.c_bias, weights.b_bias, chunk_ssm),
+    ):
+        given = [seq.x, g, prepared.dt, seq.omega, own, other, own_bias, other_bias, weights.mimo_x, inputs.document]
+        given += [*prepared[1:], states]
+        has_biases = {"HAS_OWN_BIAS": own_bias is not None, "HAS_OTHER_BIAS": other_bias is not None}
+        down, dbias, domega, dturn = _run(
+            key_gradients, given, {"length": length},
+            [_shape(blocks, batch, length, rank, n),
+             None if own_bias is None else _shape(batch, chunks, heads, rank, n),
+             _shape(*domega_shape) if s else None, _shape(batch, heads, length) if s else None],
+            (chunks, blocks, batch), plan.key_warps,
+            _constants(plan, inputs) | has_biases | {"OF_B": name == "b"},
         )  # fmt: skip
-        by_group = [v.reshape(groups, -1, *v.shape[1:]).sum(axis=1) for v in arrays[:2]]
-        by_head = [None if absent is None else v.sum(axis=(0, 1)) for v, absent in zip(arrays[2:], biases, strict=True)]
-        found.append([*by_group, *by_head])
-        if turned:
-            phase_parts = {"omega": domega, "turn": dturn, "phase_flow": phase_flow}
-    names = ("b", "c", "b_bias", "c_bias")
-    parts = {name: None if v[0] is None else jnp.concatenate(v, axis=-1)
-             for name, v in zip(names, zip(*found, strict=True), strict=True)}  # fmt: skip
-    return parts | (phase_parts if s else {})
+        parts[name] = down.reshape(groups, -1, *down.shape[1:]).sum(axis=1)
+        parts[f"{name}_bias"] = None if own_bias is None else dbias.sum(axis=(0, 1))
+        if s:
+            parts["omega"] = domega if "omega" not in parts else parts["omega"] + domega
+            parts["turn"] = dturn if "turn" not in parts else parts["turn"] + dturn
+    return parts
 
 
-def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, decay_flow, last_flow, dphase) -> Inputs:
-    """Gradients of the inputs from what the kernels wrote."""
+def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, dphase) -> Inputs:
+    """Gradients of the inputs from their parts."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads = seq.dt.shape
     s = seq.omega.shape[-1]
@@ -317,9 +345,7 @@ def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, decay_flow, la
     def transposed(v: jax.Array) -> jax.Array:  # [b, h, l] → [b, l, h]
         return jnp.swapaxes(v, 1, 2)
 
-    # Each chunk found the flow into it; a step needs the flow out of its own.
-    out_of = jnp.concatenate([parts["decay_flow"][:, :, 1:], decay_flow[:, :, None]], axis=2)
-    ddecay = transposed(parts["decay"] + by_position(out_of))
+    ddecay = transposed(parts["decay"] + by_position(parts["decay_flow"]))
     dscale, dgamma = transposed(parts["scale"]), transposed(parts["gamma"])
     half_step = dscale[:, :-1]
     if inputs.document is not None:
@@ -329,9 +355,10 @@ def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, decay_flow, la
     dlam = seq.dt * (dscale + dgamma - half_step)
     domega, dstart = jnp.zeros_like(seq.omega), jnp.zeros_like(inputs.phase)
     if s:
-        out_of = jnp.concatenate([parts["phase_flow"][:, :, 1:], last_flow[:, :, None]], axis=2)
-        beyond = (last_flow + dphase)[:, :, None] - out_of  # [b, h, chunks, s]
-        dstart = last_flow + dphase - parts["phase_flow"][:, :, 0]
+        # H after the last token turns with every phase before it; H before the first with none.
+        last_flow = parts["phase_flow"][:, :, -1] + dphase  # [b, h, s]
+        beyond = last_flow[:, :, None] - parts["phase_flow"]  # [b, h, chunks, s]
+        dstart = last_flow - _phase_flow(first_grad, inputs.ssm, s)
         pad = chunks * plan.positions - length
         dt = jnp.pad(seq.dt, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, plan.positions, heads)
         ddt += transposed(parts["turn"])
@@ -354,7 +381,7 @@ def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, decay_flow, la
         weight = getattr(weights, name)
         if weight is None:
             return None
-        total = parts[name] if name.endswith("bias") else parts[name].sum(axis=(0, 1))
+        total = parts[name].sum(axis=(0, 1)) if name in ("d", "mimo_x") else parts[name]
         return total.astype(weight.dtype)
 
     dseq = Sequence(
