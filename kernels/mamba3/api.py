@@ -12,11 +12,12 @@ from .state import Mamba3State
 try:
     from .triton import scan as triton_scan
     from .triton import step as triton_step
+    from .triton.launch import compute_capability
 except ImportError as error:  # jax-triton comes with the extra "cuda"
     triton_scan, triton_step, _NO_TRITON = None, None, str(error).splitlines()[0]
 
 _log = logging.getLogger(__name__)
-_LEAST_CAPABILITY = 8.0  # the first with bfloat16 matrix products and asynchronous copies
+_LEAST_CAPABILITY = 80  # the first with bfloat16 matrix products and asynchronous copies
 _IMPLEMENTATIONS = ("reference", "triton", "xla")
 
 
@@ -177,9 +178,8 @@ def _no_triton_here() -> str | None:
         return f'{_NO_TRITON} (install the extra "cuda")'
     if jax.default_backend() != "gpu":
         return f"the default device is a {jax.default_backend()}"
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "unknown"))  # "gfx90a" or so from AMD
-    if not capability.replace(".", "", 1).isdigit() or float(capability) < _LEAST_CAPABILITY:
-        return f"the GPU's compute capability is {capability}; the kernels need an NVIDIA GPU of {_LEAST_CAPABILITY} on"
+    if compute_capability() < _LEAST_CAPABILITY:
+        return f"{jax.local_devices()[0].device_kind} is not an NVIDIA GPU of compute capability 8.0 or more"
     return None
 
 

@@ -6,6 +6,12 @@ import jax
 import jax_triton
 
 
+def compute_capability() -> int:
+    """Of the default device: 90 for 9.0; 0 for what is not an NVIDIA GPU."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0.0"))
+    return int(capability.replace(".", "")) if capability.replace(".", "", 1).isdigit() else 0
+
+
 def launch(
     kernel, args: Sequence[jax.Array], scalars: dict[str, int | float], out: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, int, int], warps: int, constants: dict[str, object],

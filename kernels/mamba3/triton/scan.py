@@ -10,9 +10,11 @@ from ..readout import per_rank, readout
 from ..rotary import TWO_PI, rotate, wrap_angle
 from ..state import Mamba3State
 from . import op
+from .launch import compute_capability
 from .plans import choose_plan
 
 _MAX_WIDTH = 256  # of the state and of a head, padded to a power of two
+_BLACKWELL = 100
 _OPERANDS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -57,7 +59,10 @@ def scan(
     s = seq.omega.shape[-1]
     ssm = op.to_kernel_order(entering_ssm(seq, weights, state, acc), s)
     inputs = op.Inputs(kernel_seq, kernel_weights, ssm, state.angle.astype(acc), document)
-    y, ssm, angle = op.scan(choose_plan(seq, chunk_size)._replace(row_output=with_norm), inputs)
+    plan = choose_plan(seq, chunk_size)._replace(row_output=with_norm)
+    if compute_capability() >= _BLACKWELL:
+        plan = plan._replace(stages=1)  # Triton 3.6's pipeliner fails there on loops like these
+    y, ssm, angle = op.scan(plan, inputs)
     if with_norm:
         y = _normed(y, seq, weights, norm_eps)
     ssm = op.from_kernel_order(ssm, s)

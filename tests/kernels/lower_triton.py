@@ -1,0 +1,113 @@
+"""Compiles every Triton kernel for an NVIDIA GPU that need not be there, to PTX: lower_triton.py COMPUTE_CAPABILITY.
+
+Run as a process of its own: the suite runs in Triton's interpreter, which is chosen where a kernel is defined. Prints
+the bytes of shared memory each kernel takes, as JSON.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax_triton import triton_lib
+
+from m3jax.kernels import mamba3_scan, mamba3_step
+from m3jax.kernels.mamba3 import api
+from m3jax.kernels.mamba3.triton import scan
+from m3jax.kernels.mamba3.triton.launch import launch
+from tests.kernels.cases import Case, make, make_state, segments
+
+IN_FLOAT32 = ("dt", "a", "lam", "omega")
+PER_TOKEN = (*IN_FLOAT32, "x", "b", "c", "z")
+# The widths of released models; and small ones, which compile sooner.
+SISO = Case(b=1, l=300, h=2, p=64, n=128, g=1, s=32)
+MIMO = dataclasses.replace(SISO, r=4)
+SMALL_SISO = dataclasses.replace(SISO, p=16, n=32, s=8)
+SMALL_MIMO = dataclasses.replace(SMALL_SISO, r=4, norm=True, omega_per_head=True)
+
+
+def lower(function: Callable, *args) -> None:
+    """Traces with the shapes of `args` and lowers for CUDA, which compiles the kernels."""
+    jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def arguments(case: Case, dtype: str) -> dict[str, jax.Array]:
+    """As a layer passes them: everything in `dtype` but step sizes, decays, weights of the trapezoid and rates."""
+    return {name: jnp.asarray(v, "float32" if name in IN_FLOAT32 else dtype) for name, v in make(case).items()}
+
+
+def lower_scan(case: Case, dtype: str, documents: bool) -> None:
+    """Forward with every output, and the gradient of all of them."""
+    options = {"implementation": "triton", "return_state": True, "segment_ids": segments(case) if documents else None}
+
+    def both(args, state):
+        (y, final), pullback = jax.vjp(lambda a, s: mamba3_scan(**a, initial_state=s, **options), args, state)
+        return pullback((y, final))
+
+    state = jax.tree.map(jnp.asarray, make_state(case, "float32"))
+    lower(both, arguments(case, dtype), state)
+
+
+def lower_step(case: Case, dtype: str) -> None:
+    """One token, alone and under vmap; the state in `dtype` too."""
+    tokens = {name: v[:, 0] if name in PER_TOKEN else v for name, v in arguments(case, dtype).items()}
+    state = jax.tree.map(jnp.asarray, make_state(case, "float32"))
+    state = state._replace(ssm=state.ssm.astype(dtype), x=state.x.astype(dtype))
+
+    def step(tokens, state):
+        return mamba3_step(**tokens, state=state, implementation="triton")
+
+    lower(step, tokens, state)
+    several = jax.tree.map(lambda v: jnp.stack([v] * 3), state)
+    lower(jax.vmap(step, in_axes=(None, 0)), tokens, several)
+
+
+@triton.jit
+def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, tl.load(v_ptr + at) + 1)
+
+
+def lower_aliases() -> None:
+    """A launch in place, under vmap."""
+
+    def add_one(v):
+        return launch(_add_one, [v], {}, [jax.ShapeDtypeStruct(v.shape, v.dtype)], (1, 1, 1), 1, {"SIZE": 64}, {0: 0})
+
+    lower(jax.vmap(add_one), jnp.zeros((3, 64)))
+
+
+def main() -> None:
+    """Lowers everything."""
+    capability = int(sys.argv[1])
+    taken: dict[str, int] = {}
+    compile_kernel = triton_lib.compile_ttir_inplace
+
+    def recorded(*args):
+        result = compile_kernel(*args)
+        taken[result.name] = max(taken.get(result.name, 0), result.shared_mem_bytes)
+        return result
+
+    triton_lib.compile_ttir_inplace = recorded
+    triton_lib.triton_kernel_call_lib.get_compute_capability = lambda device: capability
+    for module in (api, scan):
+        module.compute_capability = lambda: capability
+    api.jax.default_backend = lambda: "gpu"
+    lower_scan(SISO, "bfloat16", documents=False)
+    lower_scan(SMALL_SISO if capability == 90 else SMALL_MIMO, "float32", documents=True)
+    if capability == 90:
+        lower_scan(MIMO, "bfloat16", documents=False)
+        lower(lambda args: mamba3_scan(**args, implementation="triton"), arguments(SMALL_SISO, "bfloat16"))
+    for case in (SISO, MIMO):
+        for dtype in ("float32", "bfloat16"):
+            lower_step(case, dtype)
+    lower_aliases()
+    print(json.dumps(taken))
+
+
+if __name__ == "__main__":
+    main()
