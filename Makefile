@@ -1,4 +1,5 @@
 # make train: a small Mamba-3 MIMO model on the bundled text, from a bare machine.  make test: the whole CPU suite.
+# make test-gpu: the kernels' tests and timings on a GPU.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -6,7 +7,7 @@ RUN := runs/tiny_mimo
 # Large allocations in 2 MiB pages: a training step on a CPU is 1.2 times as fast (docs/performance.md).
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: train test lint wheel
+.PHONY: train test test-gpu lint wheel
 
 train: $(VENV)/installed
 	@mkdir -p $(RUN)
@@ -23,6 +24,17 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	@$(PY) -m pytest -n auto
+
+# With the Python that has jax for the GPU, jax-triton, pytest and hypothesis: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(PY)
+MEASUREMENTS := docs/measurements
+test-gpu: export PYTHONPATH := .
+test-gpu: export M3JAX_TEST_GPU := 1
+test-gpu:
+	@$(GPU_PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py
+	@mkdir -p $(MEASUREMENTS)
+	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json
+	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .
@@ -41,4 +53,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "== installing what the tests need"
 	@$(PY) -m pip install --quiet --editable ".[test]"
+	@# What jax-triton needs to compile kernels without a GPU; alone (7 MB), jax does not look for one because of it.
+	@test "$$(uname -s)" != Linux || $(PY) -m pip install --quiet --no-deps \
+	    "jax-cuda13-plugin==$$($(PY) -c 'import jaxlib; print(jaxlib.__version__)')"
 	@touch $@

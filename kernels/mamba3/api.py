@@ -14,7 +14,8 @@ try:
     from .triton import step as triton_step
     from .triton.launch import compute_capability
 except ImportError as error:  # jax-triton comes with the extra "cuda"
-    triton_scan, triton_step, _NO_TRITON = None, None, str(error).splitlines()[0]
+    triton_scan, triton_step = None, None
+    _NO_TRITON = " ".join(str(error).split()).partition(". ")[0]  # its first sentence
 
 _log = logging.getLogger(__name__)
 _LEAST_CAPABILITY = 80  # the first with bfloat16 matrix products and asynchronous copies

@@ -1,10 +1,20 @@
 """Bad arguments of the scan are refused by name before anything compiles."""
 
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 
 from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
-from tests.kernels.cases import Case, make
+from m3jax.kernels.mamba3 import api
+from tests.kernels.cases import Case, make, make_state
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -35,7 +45,88 @@ def test_wrong_dtypes(name, shape):
         mamba3_scan(**(make(Case(), "float32") | {name: value}))
 
 
+def _token(args: dict) -> dict:
+    """The first token of a scan's arguments."""
+    return {name: v[:, 0] if v.shape[:2] == (2, 21) else v for name, v in args.items()}
+
+
 def test_step_names_the_argument():
-    args = {name: v[:, 0] if v.shape[:2] == (2, 21) else v for name, v in make(Case(), "float32").items()}
+    args = _token(make(Case(), "float32"))
     with pytest.raises(ValueError, match=r"state.ssm has shape .*; expected \[b, h, p, n\]"):
         mamba3_step(**args, state=Mamba3State.zeros(2, 4, 8, 11, 1, 3)._replace(b=np.zeros((2, 4, 1, 12), np.float32)))
+
+
+def _assert_both_refuse(message: str) -> None:
+    message = f'implementation = "triton" cannot run here: {message}'
+    with pytest.raises(ValueError, match=message):
+        mamba3_scan(**make(Case(), "float32"), implementation="triton")
+    with pytest.raises(ValueError, match=message):
+        mamba3_step(**_token(make(Case(), "float32")), state=make_state(Case(), "float32"), implementation="triton")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    pytest.importorskip("jax_triton", exc_type=ImportError)
+    monkeypatch.setattr(api, "_no_triton_here", lambda: None)
+
+
+@pytest.mark.parametrize(("change", "chunk_size", "message"), [
+    ({"r": 3}, None, r"rank 3; the Triton kernels take powers of two up to 16"),
+    ({"n": 512}, None, r"n = 512, p = 8; the Triton kernels take n up to 256 and p up to 128"),
+    ({"p": 129}, None, r"n = 12, p = 129"),
+    ({}, 48, r"chunk_size = 48; the Triton kernels take powers of two with 16 to 128 rows"),
+    ({"r": 4}, 64, r"chunk_size = 64"),
+])  # fmt: skip
+def test_triton_scan_refuses(change, chunk_size, message, on_a_gpu):
+    with pytest.raises(ValueError, match=f'implementation = "triton" cannot run here: {message}'):
+        mamba3_scan(
+            **make(dataclasses.replace(Case(), **change), "float32"), chunk_size=chunk_size, implementation="triton"
+        )
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"r": 9}, "rank 9; the Triton step takes ranks up to 8"),
+    ({"n": 512}, "n = 512, p = 8; the Triton step takes n up to 256"),
+])  # fmt: skip
+def test_triton_step_refuses(change, message, on_a_gpu):
+    case = dataclasses.replace(Case(), **change)
+    with pytest.raises(ValueError, match=f'implementation = "triton" cannot run here: {message}'):
+        mamba3_step(**_token(make(case, "float32")), state=make_state(case, "float32"), implementation="triton")
+
+
+def test_triton_refuses_float64(on_a_gpu, x64):
+    with pytest.raises(ValueError, match="x has dtype float64; the Triton kernels take float32"):
+        mamba3_scan(**make(Case()), implementation="triton")
+    with pytest.raises(ValueError, match="x has dtype float64; the Triton step takes float32"):
+        mamba3_step(**_token(make(Case())), state=make_state(Case()), implementation="triton")
+
+
+def test_triton_refuses_a_cpu():
+    pytest.importorskip("jax_triton", exc_type=ImportError)
+    _assert_both_refuse("the default device is a cpu")
+
+
+def test_triton_refuses_a_small_gpu(monkeypatch):
+    pytest.importorskip("jax_triton", exc_type=ImportError)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(api, "compute_capability", lambda: 75)
+    _assert_both_refuse(r"cpu is not an NVIDIA GPU of compute capability 8\.0 or more")
+
+
+def test_works_without_jax_triton():
+    script = """
+import sys
+sys.modules["jax_triton"] = None
+from m3jax.kernels import mamba3_scan
+from tests.kernels.cases import Case, make
+mamba3_scan(**make(Case(), "float32"))
+mamba3_scan(**make(Case(), "float32"), implementation="triton")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    message = r'implementation = "triton" cannot run here: .*jax_triton.* \(install the extra "cuda"\)\.$'
+    assert re.search(message, done.stderr.strip()), done.stderr
+
+
+def test_step_names_the_implementation():
+    with pytest.raises(ValueError, match="implementation = 'cuda'; expected None or one of reference, triton, xla"):
+        mamba3_step(**_token(make(Case(), "float32")), state=make_state(Case(), "float32"), implementation="cuda")

@@ -11,8 +11,8 @@ pytest.importorskip("jax_triton", exc_type=ImportError)
 import triton
 import triton.language as tl
 
-from m3jax.kernels import Mamba3State
-from m3jax.kernels.mamba3 import reference, rotary
+from m3jax.kernels import Mamba3State, mamba3_step
+from m3jax.kernels.mamba3 import api, reference, rotary
 from m3jax.kernels.mamba3.inputs import Sequence, Weights
 from m3jax.kernels.mamba3.triton import step as triton_step
 from tests import tolerances
@@ -28,7 +28,7 @@ IN_FLOAT32 = ("dt", "a", "lam", "omega")
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    monkeypatch.setattr(triton_step, "launch", interpreter.launch)
+    interpreter.use(monkeypatch)
 
 
 def _inputs(case: Case, x_dtype="float32", ssm_dtype="float32", weight_dtype="float32"):
@@ -218,3 +218,21 @@ def test_vmap(weights_too):
         own = jax.tree.map(lambda v, i=i: v[i], weights) if weights_too else weights
         expected = step(jax.tree.map(lambda v, i=i: v[i], tokens), own)
         jax.tree.map(lambda a, e, i=i: np.testing.assert_array_equal(a[i], e), (y, new), expected)
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_public_step_runs_the_kernel(implementation, caplog):
+    tokens, weights, state = _inputs(dataclasses.replace(MIMO, b=1, h=2, l=1), ssm_dtype="bfloat16")
+    token = _at(tokens, 0)
+    narrow = token._replace(dt=token.dt.astype(jnp.bfloat16))  # the kernel's are float32
+    token = token._replace(dt=narrow.dt.astype(jnp.float32))
+    expected = jax.tree.map(np.asarray, triton_step.step(token, weights, state, EPSILON))
+    api._log_choice.cache_clear()
+    with caplog.at_level("INFO", logger=api.__name__):
+        for _ in range(2):
+            actual = mamba3_step(
+                **narrow._asdict(), **weights._asdict(), state=state, norm_eps=EPSILON, implementation=implementation
+            )
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    choices = [record.getMessage() for record in caplog.records if record.name == api.__name__]
+    assert choices == ([] if implementation else ["The Mamba-3 step runs the 'triton' implementation on cpu."])

@@ -22,8 +22,10 @@ def unsupported(seq: Sequence, chunk_size: int | None) -> str | None:
     """Why the kernels cannot take these inputs; None if they can."""
     rank, _, n = seq.b.shape[2:]
     p = seq.x.shape[-1]
-    if seq.x.dtype not in _OPERANDS:
-        return f"x has dtype {seq.x.dtype}; the Triton kernels take float32, bfloat16 and float16"
+    for name in "xbcz":
+        v = getattr(seq, name)
+        if v is not None and v.dtype not in _OPERANDS:
+            return f"{name} has dtype {v.dtype}; the Triton kernels take float32, bfloat16 and float16"
     if n > _MAX_WIDTH or p > _MAX_WIDTH // 2:
         return f"n = {n}, p = {p}; the Triton kernels take n up to {_MAX_WIDTH} and p up to {_MAX_WIDTH // 2}"
     if rank & (rank - 1) or rank > 16:
