@@ -27,14 +27,14 @@ test: $(VENV)/installed-test
 
 # With the Python that has jax for the GPU, jax-triton, pytest and hypothesis: make test-gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(PY)
-MEASUREMENTS := docs/measurements
+COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
+MEASUREMENTS ?= docs/measurements
 test-gpu: export PYTHONPATH := .
-test-gpu: export M3JAX_TEST_GPU := 1
 test-gpu:
 	@$(GPU_PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py
 	@mkdir -p $(MEASUREMENTS)
-	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json
-	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json
+	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json --commit "$(COMMIT)"
+	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json --commit "$(COMMIT)"
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .

@@ -1,11 +1,13 @@
 """Settings of the whole suite: eight simulated CPU devices, Triton's interpreter, no silent rank promotion.
 
-With M3JAX_TEST_GPU=1 (`make test-gpu`) the tests run on the GPU that is there, and Triton compiles.
+With `-m gpu` (`make test-gpu`) instead the GPU that is there, for which Triton compiles.
 """
 
+import itertools
 import os
+import sys
 
-if os.environ.get("M3JAX_TEST_GPU") != "1":
+if ("-m", "gpu") not in itertools.pairwise(sys.argv):
     # Level 0 halves the time to compile, which is most of what the suite does; arithmetic stays IEEE.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"

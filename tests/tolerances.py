@@ -64,6 +64,15 @@ def assert_close(actual, expected, tolerance: float, name: str, scale: float = 0
     )
 
 
+def rms_ratio(actual, expected, scale: float = 0.0) -> float:
+    """RMS of the error over the RMS of what is expected, or over `scale` if that is larger."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    if expected.size == 0:
+        return 0.0
+    return float(np.sqrt(((actual - expected) ** 2).mean()) / max(np.sqrt((expected**2).mean()), scale, 1e-300))
+
+
 def assert_phase_close(actual, expected, tolerance: float, name: str) -> None:
     """Compares radians modulo 2π."""
     difference = np.asarray(actual, np.float64) - np.asarray(expected, np.float64)

@@ -1,6 +1,6 @@
 """Times the Mamba-3 scan at the shapes of a 1.5B layer: correctness first, then times beside the card's ceilings.
 
-python experiments/latency/scan.py --json OUT [--implementation xla] [--chunk-size C]
+python experiments/latency/scan.py --json OUT [--implementation xla] [--chunk-size C] [--commit HASH]
 
 Inputs are random bfloat16, as the projections leave them; bias, angle sum, rotation, D, gate and MIMO projections are
 inside. A time is the median over repeated batches of calls, the spread their 10th and 90th percentile.
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m3jax.circumstances import circumstances
 from m3jax.kernels import mamba3_scan
 
 SHAPES = {"B8 L2048": (8, 2048), "B1 L16384": (1, 16384), "B1 L2048": (1, 2048)}
@@ -112,12 +113,13 @@ def main() -> None:
     """Checks, times, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--commit", help="what is measured, for the record")
     parser.add_argument("--implementation", default=None)
     parser.add_argument("--chunk-size", type=int, default=None)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
     scan = functools.partial(mamba3_scan, implementation=options.implementation, chunk_size=options.chunk_size)
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "ceilings": ceilings(), "scan": {}}
+    report = circumstances(options.commit) | {"ceilings": ceilings(), "scan": {}}
     print(json.dumps(report["ceilings"]), flush=True)
     print(f"{'scan':24s}{'forward ms':>12s}{'fwd+bwd ms':>12s}{'temporaries MB':>16s}")
     for rank in (1, 4):
@@ -133,7 +135,7 @@ def main() -> None:
             report["scan"][f"rank {rank} {shape}"] = row
             print(f"rank {rank} {shape:17s}{row['forward']['ms']:12.3f}{row['both']['ms']:12.3f}"
                   f"{row['temporaries_MB']:16.0f}", flush=True)  # fmt: skip
-    options.json.write_text(json.dumps(report, indent=1))
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

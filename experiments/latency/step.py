@@ -24,6 +24,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from m3jax.circumstances import circumstances
 from m3jax.kernels import Mamba3State
 from m3jax.kernels.mamba3 import reference
 from m3jax.kernels.mamba3.inputs import Sequence, Weights
@@ -242,10 +243,11 @@ def main() -> None:
     """Checks, times, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
+    parser.add_argument("--commit", help="what is measured, for the record")
     parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32, 128])
     options = parser.parse_args()
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "errors": {}, "phase": {}, "step": {}}
+    report = circumstances(options.commit) | {"errors": {}, "phase": {}, "step": {}}
     for name in options.implementations:
         step = IMPLEMENTATIONS[name]
         errors = report["errors"][name] = check(step)
@@ -266,7 +268,7 @@ def main() -> None:
                     ]
                     rate = row["bytes"] / row["copy"]["us"] / 1e6
                     print(f"{label:30s}{row['bytes'] / 1e6:7.1f}{''.join(cells)}{rate:11.2f}", flush=True)
-    options.json.write_text(json.dumps(report, indent=1))
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

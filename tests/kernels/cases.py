@@ -1,5 +1,6 @@
 """Random inputs of the Mamba-3 scan, and gradients by name."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -69,21 +70,27 @@ def segments(case: Case) -> np.ndarray:
     return np.stack([np.searchsorted(cuts[row % 2], np.arange(case.l), side="right") for row in range(case.b)])
 
 
-def outputs_and_gradients(args: dict, state: Mamba3State | None, **options) -> dict[str, np.ndarray]:
-    """y, final state and the gradient of a random projection of all of them, by name."""
-
-    def run(args, state):
-        y, final = mamba3_scan(**args, initial_state=state, return_state=True, **options)
-        return {"y": y, **{f"final.{name}": v for name, v in final._asdict().items()}}
+def differentiated(**options) -> Callable[[dict, Mamba3State | None], dict[str, jax.Array]]:
+    """(arguments, state) → y, final state and the gradient of a random projection of all of them, by name."""
 
     def projection(args, state):
+        y, final = mamba3_scan(**args, initial_state=state, return_state=True, **options)
+        results = {"y": y, **{f"final.{name}": v for name, v in final._asdict().items()}}
         rng = np.random.default_rng(7)
-        results = run(args, state)
         return sum(jnp.sum(v * rng.normal(size=v.shape).astype(v.dtype)) for v in results.values()), results
 
-    argnums = (0,) if state is None else (0, 1)
-    gradients, results = jax.jit(jax.grad(projection, argnums=argnums, has_aux=True))(args, state)
-    results |= {f"d {name}": v for name, v in gradients[0].items()}
-    if state is not None:
-        results |= {f"d state.{name}": v for name, v in gradients[1]._asdict().items()}
-    return {name: np.asarray(v) for name, v in results.items()}
+    @jax.jit
+    def run(args, state):
+        argnums = (0,) if state is None else (0, 1)
+        gradients, results = jax.grad(projection, argnums=argnums, has_aux=True)(args, state)
+        results |= {f"d {name}": v for name, v in gradients[0].items()}
+        if state is not None:
+            results |= {f"d state.{name}": v for name, v in gradients[1]._asdict().items()}
+        return results
+
+    return run
+
+
+def outputs_and_gradients(args: dict, state: Mamba3State | None, **options) -> dict[str, np.ndarray]:
+    """What `differentiated` finds."""
+    return jax.tree.map(np.asarray, differentiated(**options)(args, state))

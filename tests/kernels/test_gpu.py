@@ -1,0 +1,161 @@
+"""The Triton kernels on the GPU that is there, against the recurrence in float64: make test-gpu."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax.kernels import Mamba3State, mamba3_step
+from tests import tolerances
+from tests.kernels.cases import Case, differentiated, make, make_state
+
+pytestmark = pytest.mark.gpu
+
+IN_FLOAT32 = ("dt", "a", "lam", "omega")
+PER_TOKEN = (*IN_FLOAT32, "x", "b", "c", "z")
+WIDE = Case(b=2, l=300, h=4, p=64, n=128, g=1, s=32)
+CASES = {
+    "siso": dataclasses.replace(WIDE, l=1000),
+    "mimo": dataclasses.replace(WIDE, l=1000, r=4),
+    "rank 2, groups": dataclasses.replace(WIDE, r=2, g=2, n=64, s=16, omega_per_head=True),
+    "rank 8": dataclasses.replace(WIDE, l=100, h=2, r=8),
+    "norm": dataclasses.replace(WIDE, l=130, r=4, p=32, n=64, s=16, norm=True),
+    "bare": dataclasses.replace(WIDE, l=130, bare=True),
+    "no rotation": dataclasses.replace(WIDE, l=130, s=0),
+    "full rotation": dataclasses.replace(WIDE, l=130, s=64),
+    "smallest": Case(b=2, l=63, h=4, p=16, n=16, g=2, s=4),
+    "largest": Case(b=1, l=200, h=2, p=128, n=256, g=1, s=64),
+    "largest mimo": Case(b=1, l=70, h=2, p=128, n=256, g=1, r=4, s=64),
+    "odd sizes": Case(b=3, l=65, h=3, p=24, n=100, g=1, s=25),
+    "one token": dataclasses.replace(WIDE, l=1),
+    "two tokens": dataclasses.replace(WIDE, l=2, r=4),
+    "strong decay": dataclasses.replace(WIDE, log_dt=(1, 3), log_decay=(2, 6)),
+    "weak decay": dataclasses.replace(WIDE, log_dt=(-9, -7), log_decay=(-12, -9)),
+    "mixed decay": dataclasses.replace(WIDE, log_dt=(-4, 3), log_decay=(-8, 6)),
+}
+PACKED = ("siso", "mimo")
+IN_BOTH_TYPES = ("siso", "mimo", "norm", "largest", "one token", "strong decay", "mixed decay")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    """A missing GPU is a failure: who asks for these tests means to run them."""
+    if jax.default_backend() != "gpu":
+        pytest.fail(f"-m gpu: the default device is a {jax.default_backend()}.")
+
+
+def _documents(case: Case, packed: bool) -> np.ndarray | None:
+    starts = np.random.default_rng(3).random((case.b, case.l)) < 0.01
+    return np.cumsum(starts, axis=1, dtype=np.int32) if packed else None
+
+
+def _rounded(name: str, v: np.ndarray) -> np.ndarray:
+    """Numbers that bfloat16 holds, where a layer passes bfloat16: one reference serves both types."""
+    return v if name in IN_FLOAT32 else np.asarray(jnp.asarray(v, jnp.bfloat16), v.dtype)
+
+
+def _arguments(case: Case, dtype: str) -> tuple[dict[str, jax.Array], Mamba3State]:
+    args = {name: _rounded(name, v) for name, v in make(case, "float32").items()}
+    narrow = {name: jnp.asarray(v, dtype if name in ("x", "b", "c", "z") else v.dtype) for name, v in args.items()}
+    state = make_state(case, "float32")
+    state = state._replace(x=_rounded("x", state.x))
+    return narrow, jax.tree.map(jnp.asarray, state._replace(x=jnp.asarray(state.x, dtype)))
+
+
+def _in_float64(tree):
+    return jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), tree)
+
+
+@functools.cache
+def _expected(case: Case, packed: bool) -> dict[str, np.ndarray]:
+    with jax.enable_x64(True):
+        run = differentiated(implementation="reference", segment_ids=_documents(case, packed))
+        return jax.tree.map(np.asarray, run(*_in_float64(_arguments(case, "float32"))))
+
+
+def _scales(case: Case, expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """RMS of the terms of those gradients that are differences of sums over y times its cotangent (backward.py)."""
+    term = np.sqrt(case.p * np.mean(expected["y"] ** 2))
+    args = make(case)
+    return {"d a": term * np.sqrt(np.mean(args["dt"] ** 2)), "d dt": term * np.sqrt(np.mean(args["a"] ** 2))}
+
+
+def _scan_cases():
+    for name, case in CASES.items():
+        for packed in (False, True) if name in PACKED else (False,):
+            for dtype in ("float32", "bfloat16") if name in IN_BOTH_TYPES else ("bfloat16",):
+                yield pytest.param(case, packed, dtype, id=f"{name}{', packed' if packed else ''}, {dtype}")
+
+
+@pytest.mark.parametrize(("case", "packed", "dtype"), list(_scan_cases()))
+def test_scan(case, packed, dtype):
+    run = differentiated(implementation="triton", segment_ids=_documents(case, packed))
+    args, state = _arguments(case, dtype)
+    actual, again = run(args, state), run(args, state)
+    expected = _expected(case, packed)
+    assert actual.keys() == expected.keys()
+    # Large steps turn by many radians, each rounded relative to itself.
+    largest_turn = max(1.0, float(np.exp(case.log_dt[1])) * np.pi)
+    tolerance = tolerances.rounding("float32", case.n * case.r * case.l) * largest_turn
+    if dtype == "bfloat16":
+        tolerance += tolerances.narrow_rms("bfloat16", roundings=6)  # B, C, scores, H, cotangents and the result
+    scales = _scales(case, expected)
+    errors = {}
+    for name, value in actual.items():
+        np.testing.assert_array_equal(value, again[name], err_msg=f"{name}, run twice")
+        if name == "final.angle":
+            turn = tolerances.rounding("float32", case.l) * largest_turn
+            tolerances.assert_phase_close(value, expected[name], max(turn, tolerances.phase_walk(1)), name)
+        else:
+            errors[name] = tolerances.rms_ratio(value, expected[name], scales.get(name, 0.0))
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"RMS ratios over {tolerance:.1e}: {wrong}; all: { {k: f'{v:.1e}' for k, v in errors.items()} }"
+
+
+@pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+def test_step(case, dtype, ssm_dtype):
+    args, state = _arguments(case, dtype)
+    args = {name: v[:, 0] if name in PER_TOKEN else v for name, v in args.items()}
+    state = state._replace(ssm=state.ssm.astype(ssm_dtype))
+    step = jax.jit(functools.partial(mamba3_step, implementation="triton"))
+    actual, again = step(**args, state=state), step(**args, state=state)
+    jax.tree.map(np.testing.assert_array_equal, actual, again)
+    with jax.enable_x64(True):
+        y, new = mamba3_step(**_in_float64(args), state=_in_float64(state), implementation="reference")
+    largest_turn = max(1.0, float(np.exp(case.log_dt[1])) * np.pi)
+    exact = tolerances.rounding("float32", case.n * case.r) * largest_turn
+    # y is rounded once, or read from the state as it is stored.
+    narrow = {"float32": exact, "bfloat16": exact + tolerances.narrow_rms("bfloat16", roundings=2)}
+    limits = {"y": narrow["bfloat16" if "bfloat16" in (dtype, ssm_dtype) else "float32"], "ssm": narrow[ssm_dtype]}
+    limits |= {"b": exact, "x": 0.0}
+    for name, limit in limits.items():
+        value, expected = (actual[0], y) if name == "y" else (getattr(actual[1], name), getattr(new, name))
+        assert tolerances.rms_ratio(value, expected) <= limit, name
+    tolerances.assert_phase_close(actual[1].angle, new.angle, tolerances.phase_walk(1) * largest_turn, "angle")
+
+
+def test_steps_equal_the_scan_under_jit_with_donation():
+    """A decoding loop updates the state in place."""
+    case = dataclasses.replace(WIDE, r=4, l=40)
+    args, state = _arguments(case, "float32")
+    expected = _expected(case, packed=False)
+    tokens = {name: jnp.moveaxis(v, 1, 0) for name, v in args.items() if name in PER_TOKEN}
+    weights = {name: v for name, v in args.items() if name not in PER_TOKEN}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(state, tokens):
+        def body(state, token):
+            y, state = mamba3_step(**token, **weights, state=state, implementation="triton")
+            return state, y
+
+        return jax.lax.scan(body, state, tokens)
+
+    final, y = decode(state, tokens)
+    tolerance = tolerances.rounding("float32", case.n * case.r * case.l)
+    assert tolerances.rms_ratio(jnp.moveaxis(y, 0, 1), expected["y"]) <= tolerance
+    assert tolerances.rms_ratio(final.ssm, expected["final.ssm"]) <= tolerance
