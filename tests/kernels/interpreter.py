@@ -1,5 +1,7 @@
 """Runs Triton kernels on a CPU, in Triton's interpreter (TRITON_INTERPRET=1), from inside jitted JAX functions."""
 
+import threading
+
 import jax
 import numpy as np
 from triton.runtime import interpreter
@@ -17,6 +19,10 @@ def _patch_tensors_for_numpy(tensor, scope) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_tensors_for_numpy
+
+
+# The interpreter patches the language's module while a kernel runs; XLA runs callbacks in threads of its own.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Pointer:
@@ -73,7 +79,7 @@ def launch(kernel, args, scalars, out, grid, warps, constants, aliases=None):
             np.full(v.shape, -1 if np.issubdtype(v.dtype, np.integer) else np.nan, _interpretable(v.dtype)) for v in out
         ]
         pointers = [_Pointer(v) for v in inputs], [_Pointer(v) for v in outputs]
-        with np.errstate(all="ignore"):
+        with _ONE_AT_A_TIME, np.errstate(all="ignore"):
             kernel[grid](*pointers[0], *(v if isinstance(v, int) else float(v) for v in scalars.values()),
                               *pointers[1], **constants)  # fmt: skip
         return [v.astype(shape.dtype) for v, shape in zip(outputs, out, strict=True)]
