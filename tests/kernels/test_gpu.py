@@ -77,10 +77,18 @@ def _expected(case: Case, packed: bool) -> dict[str, np.ndarray]:
 
 
 def _scales(case: Case, expected: dict[str, np.ndarray]) -> dict[str, float]:
-    """RMS of the terms of those gradients that are differences of sums over y times its cotangent (backward.py)."""
-    term = np.sqrt(case.p * np.mean(expected["y"] ** 2))
+    """Sizes of the terms of gradients that may be much smaller than these; RMS, for random cotangents."""
     args = make(case)
-    return {"d a": term * np.sqrt(np.mean(args["dt"] ** 2)), "d dt": term * np.sqrt(np.mean(args["a"] ** 2))}
+    scales = {}
+    if "d" in args:
+        gate = args["z"][:, :, :, None] * args["mimo_z"]
+        terms = args["x"][:, :, :, None] * args["mimo_x"] * gate / (1 + np.exp(-gate)) * args["mimo_o"]
+        scales["d d"] = np.sqrt((terms**2).sum() / case.h)
+    if case.log_dt[1] > 0:
+        # Gradients of log decay are differences of sums over y times its cotangent, added up over a chunk (backward.py).
+        term = np.sqrt(64 * case.p * np.mean(expected["y"] ** 2))
+        scales |= {"d a": term * np.sqrt(np.mean(args["dt"] ** 2)), "d dt": term * np.sqrt(np.mean(args["a"] ** 2))}
+    return scales
 
 
 def _scan_cases():
