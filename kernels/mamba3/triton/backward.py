@@ -305,6 +305,8 @@ def key_gradients(
     sum_imag = tl.zeros((ROWS, SP), tl.float32)
     sum_rest = tl.zeros((ROWS, UP if UP > 0 else 1), tl.float32)
     sum_omega = tl.zeros((T, SP), tl.float32)
+    if S > 0 and not OMEGA_HEADS:
+        omega = load_omega(omega_ptr, batch, 0, position, length, s_column, H, S, SP, False)
     for in_block in tl.range(0, HEADS, num_stages=STAGES):
         head = block * HEADS + in_block
         row_head = batch * H + head
@@ -358,7 +360,8 @@ def key_gradients(
                 own_ptr + S, own_bias_ptr + bias_at + S, row_at, rank, valid, s_column, S, SP, HAS_OWN_BIAS, R, N
             )
             dphase = tl.cumsum(_over_ranks(imag * own_real - real * own_imag, T, R), 0, reverse=True)
-            omega = load_omega(omega_ptr, batch, head, position, length, s_column, H, S, SP, OMEGA_HEADS)
+            if OMEGA_HEADS:
+                omega = load_omega(omega_ptr, batch, head, position, length, s_column, H, S, SP, True)
             tl.store(dturn_ptr + row_head * length + position, tl.sum(dphase * omega, 1), mask=in_sequence)
             domega = dphase * tl.load(dt_ptr + row_head * length + position, mask=in_sequence, other=0.0)[:, None]
             if OMEGA_HEADS:

@@ -16,7 +16,7 @@ from .launch import launch
 from .prepare import prepare
 
 _PREPARE_TILE = 64
-_PREPARE_PROGRAMS = 2048
+_PREPARE_PROGRAMS = 1024
 
 _LOG2_E = 1.4426950408889634
 # 2 to the power of anything lower is 0 in float32, and bounded terms keep running sums accurate.
@@ -160,21 +160,23 @@ def _prepare(plan: Plan, inputs: Inputs) -> tuple[Prepared, jax.Array]:
     constants |= {"SEGMENTS": segments}
     grid = (segments, heads, batch)
     turns = inputs.phase / TWO_PI
-    phase = ((turns - jnp.floor(turns + 0.5)) * 2.0**32).astype(jnp.int32)[:, :, None]  # [b, h, 1, s]
-    totals = _shape(batch, heads, segments, max(s, 1), dtype=jnp.int32)
+    turns = (turns - jnp.floor(turns + 0.5))[:, :, None]  # [b, h, 1, s]
+    exact = constants["EXACT"]
+    phase = (turns * 2.0**32).astype(jnp.int32) if exact else turns
+    omega = seq.omega if exact else seq.omega / TWO_PI
+    totals = _shape(batch, heads, segments, max(s, 1), dtype=phase.dtype)
     if segments > 1 and s:
-        *_, steps = _run(prepare, [dt, decay, seq.omega, None], scalars, [None, None, None, totals], grid, 4,
+        *_, steps = _run(prepare, [dt, decay, omega, None], scalars, [None, None, None, totals], grid, 4,
                          constants | {"TOTALS_ONLY": True})  # fmt: skip
         phase = jnp.concatenate([phase, steps[:, :, :-1]], axis=2)
-        phase = jnp.cumsum(phase, axis=2, dtype=jnp.int32)
+        phase = jnp.cumsum(phase, axis=2, dtype=phase.dtype)
     sums = _shape(batch, heads, length)
-    exact = constants["EXACT"]
     phases = _shape(batch, heads, length, max(s, 1), dtype=jnp.int32 if exact else jnp.int16)
     phases, sums, fine_sums, ends = _run(
-        prepare, [dt, decay, seq.omega, phase], scalars, [phases, sums, sums if exact else None, totals], grid, 4,
+        prepare, [dt, decay, omega, phase], scalars, [phases, sums, sums if exact else None, totals], grid, 4,
         constants | {"TOTALS_ONLY": False},
     )  # fmt: skip
-    last_phase = (ends[:, :, -1, :s].astype(jnp.float32) * (TWO_PI / 2.0**32)) % TWO_PI
+    last_phase = ends[:, :, -1, :s].astype(jnp.float32) * (TWO_PI / 2.0**32 if exact else TWO_PI) % TWO_PI
     return Prepared(dt, phases, sums, fine_sums, gamma, scale), last_phase
 
 

@@ -10,18 +10,19 @@ import triton.language as tl
 from .pieces import load_omega, running_sums, turn_steps, within
 
 
-@triton.jit
-def _sums_in_turns(steps, TILE: tl.constexpr):
-    """Running sums over axis 0 of fractions of a turn (int32), float32 in turns, accurate to 2^-18.
+# Adding and subtracting 1.5·2^(23 - k) rounds a float32 to multiples of 2^-k, faster than the conversion unit does.
+_TO_UNITS = tl.constexpr(12582912.0)
+_TO_256THS = tl.constexpr(49152.0)
+_TO_65536THS = tl.constexpr(192.0)
 
-    By a product with a triangle of ones: a step is split into two float16 parts, of which sums of the first are exact.
-    """
-    turns = steps.to(tl.float32) * (1 / 4294967296.0)
-    high = tl.floor(turns * 256.0 + 0.5) * (1 / 256.0)
-    row = tl.arange(0, TILE)
-    triangle = (row[:, None] >= row[None, :]).to(tl.float16)
-    sums = tl.dot(triangle, (turns - high).to(tl.float16))
-    return tl.dot(triangle, high.to(tl.float16), sums)
+
+@triton.jit
+def _split_turns(dt, omega):
+    """Δω in turns less whole turns, as a multiple of 2^-8 and a rest under 2^-9; ω in turns per unit of Δ."""
+    turns = dt * omega
+    turns = turns - ((turns + _TO_UNITS) - _TO_UNITS)
+    high = (turns + _TO_256THS) - _TO_256THS
+    return high, turns - high
 
 
 @triton.jit
@@ -33,37 +34,45 @@ def prepare(
 ):  # fmt: skip
     """`tiles` tiles of TILE positions, a multiple of T. dt and decay are [b, h, l].
 
-    Writes the phase at every position (int16, or int32 if EXACT), the running sums of the decay in each chunk, and the phase
-    after each segment.
+    Writes the phase at every position, the running sums of the decay in each chunk, and the phase after each segment.
+    EXACT: ω in radians, phases in int32, every sum exact. Else ω and the phases between segments are turns in float32, and
+    the phases int16: sums in a tile are products with a triangle of ones, exact in their first part, and good to 2^-18.
     """
     segment = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
     row_head = batch * H + head
     s_column = tl.arange(0, SP)
-    phase = tl.zeros((SP,), tl.int32)
+    row = tl.arange(0, TILE)
     segment_at = (row_head * SEGMENTS + segment) * S
+    phase = tl.zeros((SP,), total_ptr.dtype.element_ty)
     if S > 0 and not TOTALS_ONLY:
         phase = tl.load(start_phase_ptr + segment_at + s_column, mask=s_column < S, other=0)
     for tile in range(segment * tiles, tl.minimum((segment + 1) * tiles, tl.cdiv(length, TILE))):
-        t = tile * TILE + tl.arange(0, TILE)
+        t = tile * TILE + row
         valid = t < length
         at = row_head * length + t
         if S > 0:
             dt = tl.load(dt_ptr + at, mask=valid, other=0.0)
             omega = load_omega(omega_ptr, batch, head, t, length, s_column, H, S, SP, OMEGA_HEADS)
-            steps = turn_steps(dt[:, None], omega)
+            if EXACT:
+                steps = turn_steps(dt[:, None], omega)
+                phases = phase[None, :] + tl.cumsum(steps, 0)
+                phase += tl.sum(steps, 0)
+            else:
+                high, low = _split_turns(dt[:, None], omega)
+                if not TOTALS_ONLY:
+                    triangle = (row[:, None] >= row[None, :]).to(tl.float16)
+                    sums = tl.dot(triangle, low.to(tl.float16))
+                    sums = tl.dot(triangle, high.to(tl.float16), sums) + phase[None, :]
+                    # The last 16 bits of the sum are multiples of 2^-16 of a turn.
+                    phases = (sums + _TO_65536THS).to(tl.int32, bitcast=True)
+                phase += tl.sum(high, 0) + tl.sum(low, 0)
+                phase -= (phase + _TO_UNITS) - _TO_UNITS
             if not TOTALS_ONLY:
-                if EXACT:
-                    phases = phase[None, :] + tl.cumsum(steps, 0)
-                else:
-                    sums = phase.to(tl.float32)[None, :] * (1 / 4294967296.0) + _sums_in_turns(steps, TILE)
-                    sums = sums - tl.floor(sums + 0.5)
-                    phases = tl.floor(sums * 65536.0 + 0.5).to(tl.int32)
                 phase_at = (row_head.to(tl.int64) * length + t) * S
                 tl.store(phase_ptr + phase_at[:, None] + s_column[None, :], phases.to(phase_ptr.dtype.element_ty),
                          mask=within(valid, s_column, S, SP))  # fmt: skip
-            phase += tl.sum(steps, 0)
         if not TOTALS_ONLY:
             decay = tl.load(decay_ptr + at, mask=valid, other=0.0)
             coarse, fine = running_sums(tl.reshape(decay, (TILE // T, T)), EXACT)
