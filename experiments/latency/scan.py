@@ -1,9 +1,14 @@
-"""Times the Mamba-3 scan at the shapes of a 1.5B layer: correctness first, then times beside the card's ceilings.
+"""Times the Mamba-3 scan at the shapes of a 1.5B layer: correctness first, then times beside the floor and a rival.
 
-python experiments/latency/scan.py --json OUT [--implementation xla] [--chunk-size C] [--commit HASH]
+python experiments/latency/scan.py --json OUT [--implementations xla triton] [--commit HASH]
 
 Inputs are random bfloat16, as the projections leave them; bias, angle sum, rotation, D, gate and MIMO projections are
-inside. A time is the median over repeated batches of calls, the spread their 10th and 90th percentile.
+inside. A time is the median over repeats of a compiled loop of calls, so that the host is out of it; the spread their
+10th and 90th percentile. OUT also gets a plot, OUT with .png. Where jax-linear-attention is installed, its fused SISO
+forward is checked and timed beside ours.
+
+The floor is what the card cannot beat: the larger of the fewest bytes at its copy rate and the chunked form's products
+(m3jax/training/flops.py) at its matrix rate, both measured in the same run.
 """
 
 import argparse
@@ -15,10 +20,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 
 from m3jax.circumstances import circumstances
 from m3jax.kernels import mamba3_scan
+from m3jax.training.flops import CHUNK_ROWS
+
+try:
+    from jla.ops.mosaic_gpu.mamba3_fused import mamba3_siso_fused
+except ImportError:  # not installed
+    mamba3_siso_fused = None
 
 SHAPES = {"B8 L2048": (8, 2048), "B1 L16384": (1, 16384), "B1 L2048": (1, 2048)}
 HEADS, HEADDIM, D_STATE, ANGLES = 64, 64, 128, 32
@@ -27,6 +39,7 @@ CHECKED_LENGTHS = (300, 2048)
 # RMS, relative: bfloat16 rounds B, C, scores, states and their cotangents by 2^-9 each, half a dozen in a row; twice
 # that (narrow_rms in tests/tolerances.py).
 TOLERANCE = 1e-2
+_KINDS = ("forward", "both")
 
 
 def make_inputs(batch: int, length: int, rank: int, heads: int = HEADS, seed: int = 0) -> dict[str, jax.Array]:
@@ -71,30 +84,72 @@ def check(scan: Callable, rank: int, length: int) -> dict[str, float]:
     args = make_inputs(2, length, rank, heads=4)
     cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
     y, gradients = jax.jit(forward_and_backward(scan))(args, cotangent)
+    y_exact, gradients_exact = _exact(rank, length)
+    return _compare({"y": y} | gradients, {"y": y_exact} | gradients_exact, f"rank {rank}, length {length}")
+
+
+def check_forward(forward: Callable, length: int) -> dict[str, float]:
+    """The same for y alone, of a SISO forward that takes the arguments as a dict."""
+    y = jax.jit(forward)(make_inputs(2, length, 1, heads=4))
+    return _compare({"y": y}, {"y": _exact(1, length)[0]}, f"length {length}")
+
+
+@functools.cache
+def _exact(rank: int, length: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """y and gradients of the float64 reference on the inputs of `check`."""
+    args = make_inputs(2, length, rank, heads=4)
+    cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
     with jax.enable_x64(True):
         exact = functools.partial(mamba3_scan, implementation="reference")
         wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), (args, cotangent))
-        y_exact, gradients_exact = jax.jit(forward_and_backward(exact))(*wide)
+        return jax.tree.map(np.asarray, jax.jit(forward_and_backward(exact))(*wide))
+
+
+def _compare(values: dict, expected: dict, label: str) -> dict[str, float]:
     errors = {}
-    pairs = {"y": (y, y_exact)} | {name: (gradients[name], gradients_exact[name]) for name in args}
-    for name, (value, expected) in pairs.items():
-        value, expected = np.asarray(value, np.float64), np.asarray(expected)
-        errors[name] = float(np.sqrt(np.mean((value - expected) ** 2) / np.mean(expected**2)))
+    for name, value in values.items():
+        error = np.asarray(value, np.float64) - expected[name]
+        errors[name] = float(np.sqrt(np.mean(error**2) / np.mean(expected[name] ** 2)))
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
     if wrong:
-        raise AssertionError(f"rank {rank}, length {length}: RMS errors over the tolerance: {wrong}")
+        raise AssertionError(f"{label}: RMS errors over the tolerance: {wrong}")
     return errors
 
 
-def milliseconds(function: Callable, *args, batches: int = 15, calls: int = 5) -> dict[str, float]:
-    """Median, 10th and 90th percentile of a call's time, after a warm-up."""
-    jax.block_until_ready(function(*args))
+def jla_siso(args: dict[str, jax.Array]) -> jax.Array:
+    """jax-linear-attention's fused SISO forward on our arguments: its pairs are neighbours, its λ and ω still raw."""
+
+    def paired(v: jax.Array) -> jax.Array:
+        pairs = jnp.stack([v[..., :ANGLES], v[..., ANGLES : 2 * ANGLES]], axis=-1)
+        return jnp.concatenate([pairs.reshape(*v.shape[:-1], 2 * ANGLES), v[..., 2 * ANGLES :]], axis=-1)
+
+    raw_omega = jnp.arctanh(args["omega"] / jnp.pi)[:, :, None]
+    y, _ = mamba3_siso_fused(
+        paired(args["c"][:, :, 0]), paired(args["b"][:, :, 0]), args["x"], args["dt"] * args["a"], args["dt"],
+        jnp.log(args["lam"]) - jnp.log1p(-args["lam"]), paired(args["c_bias"][:, 0]), paired(args["b_bias"][:, 0]),
+        jnp.broadcast_to(raw_omega, (*args["x"].shape[:3], ANGLES)), args["d"], args["z"],
+    )  # fmt: skip
+    return y
+
+
+def milliseconds(function: Callable, *args, repeats: int = 7, calls: int = 20) -> dict[str, float]:
+    """Median, 10th and 90th percentile of a call's time inside a compiled loop."""
+
+    def loop(*args):
+        zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), jax.eval_shape(function, *args))
+
+        def body(_, previous):  # The barrier makes each call wait for the one before, and keeps all of them.
+            waited, _ = jax.lax.optimization_barrier((args, previous))
+            return function(*waited)
+
+        return jax.lax.fori_loop(0, calls, body, zeros)
+
+    run = jax.jit(loop)
+    jax.block_until_ready(run(*args))
     times = []
-    for _ in range(batches):
+    for _ in range(repeats):
         start = time.perf_counter()
-        for _ in range(calls):
-            result = function(*args)
-        jax.block_until_ready(result)
+        jax.block_until_ready(run(*args))
         times.append((time.perf_counter() - start) / calls * 1e3)
     low, median, high = np.percentile(times, [10, 50, 90])
     return {"ms": float(median), "low": float(low), "high": float(high)}
@@ -103,39 +158,96 @@ def milliseconds(function: Callable, *args, batches: int = 15, calls: int = 5) -
 def ceilings() -> dict[str, float]:
     """Copy bandwidth in TB/s (read and write) and bfloat16 matrix product rate in TFLOP/s of this device."""
     block = jnp.ones(2**30, jnp.bfloat16)
-    copy = milliseconds(jax.jit(lambda v: v + 1), block)["ms"]
+    copy = milliseconds(lambda v: v + 1, block, calls=5)["ms"]
     matrix = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    product = milliseconds(jax.jit(lambda m: m @ m), matrix)["ms"]
+    product = milliseconds(lambda m: m @ m, matrix, calls=5)["ms"]
     return {"copy_TB_per_s": 2 * block.nbytes / copy / 1e9, "matmul_TFLOP_per_s": 2 * 8192**3 / product / 1e9}
 
 
+def floors(args: dict[str, jax.Array], limits: dict[str, float]) -> dict[str, float]:
+    """Milliseconds under which no implementation can be: forward, and forward with backward."""
+    batch, length, heads, p = args["x"].shape
+    rank, _, n = args["b"].shape[2:]
+    n_bytes = sum(v.nbytes for v in args.values())
+    flops = batch * length * heads * rank * (2 * CHUNK_ROWS * (n + p) + 4 * n * p)
+    y = args["x"].nbytes
+
+    def floor(n_bytes: float, flops: float) -> float:
+        return max(n_bytes / limits["copy_TB_per_s"], flops / limits["matmul_TFLOP_per_s"]) / 1e9
+
+    # The backward reads inputs and cotangent and writes as many gradients; its products are twice the forward's.
+    return {"forward": floor(n_bytes + y, flops), "both": floor(n_bytes + y + 2 * n_bytes + y, 3 * flops)}
+
+
 def main() -> None:
-    """Checks, times, prints a table and writes JSON."""
+    """Checks, times, prints a table, writes JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--commit", help="what is measured, for the record")
-    parser.add_argument("--implementation", default=None)
+    parser.add_argument("--implementations", nargs="+", default=["triton", "xla"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--chunk-size", type=int, default=None)
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
-    scan = functools.partial(mamba3_scan, implementation=options.implementation, chunk_size=options.chunk_size)
-    report = circumstances(options.commit) | {"ceilings": ceilings(), "scan": {}}
-    print(json.dumps(report["ceilings"]), flush=True)
-    print(f"{'scan':24s}{'forward ms':>12s}{'fwd+bwd ms':>12s}{'temporaries MB':>16s}")
-    for rank in (1, 4):
-        for length in CHECKED_LENGTHS:
-            report[f"errors rank {rank} L{length}"] = check(scan, rank, length)
-        for shape in options.shapes:
-            args = make_inputs(*SHAPES[shape], rank)
-            cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
-            forward = jax.jit(lambda a: scan(**a))
-            both = jax.jit(forward_and_backward(scan)).lower(args, cotangent).compile()
-            row = {"forward": milliseconds(forward, args), "both": milliseconds(both, args, cotangent)}
-            row["temporaries_MB"] = both.memory_analysis().temp_size_in_bytes / 1e6
-            report["scan"][f"rank {rank} {shape}"] = row
-            print(f"rank {rank} {shape:17s}{row['forward']['ms']:12.3f}{row['both']['ms']:12.3f}"
-                  f"{row['temporaries_MB']:16.0f}", flush=True)  # fmt: skip
+    limits = ceilings()
+    report = circumstances(options.commit) | {"ceilings": limits, "rows": []}
+    print(json.dumps(limits), flush=True)
+    print(f"{'':34s}{'forward ms':>12s}{'x floor':>9s}{'fwd+bwd ms':>12s}{'x floor':>9s}{'temporaries MB':>16s}")
+
+    def add(row: dict) -> None:
+        report["rows"].append(row)
+        cells = "".join(f"{row[k]['ms']:12.3f}{row[k]['ms'] / row['floor'][k]:9.1f}" for k in _KINDS if k in row)
+        label = f"{row['implementation']} rank {row['rank']} {row['shape']}"
+        print(f"{label:34s}{cells}{row.get('temporaries_MB', 0):16.0f}", flush=True)
+
+    for rank in options.ranks:
+        for name in options.implementations:
+            scan = functools.partial(mamba3_scan, implementation=name, chunk_size=options.chunk_size)
+            for length in CHECKED_LENGTHS:
+                report[f"errors {name} rank {rank} L{length}"] = check(scan, rank, length)
+            for shape in options.shapes:
+                add({"implementation": name, "rank": rank, "shape": shape} | measure(scan, shape, rank, limits))
+        if rank == 1 and mamba3_siso_fused is not None:
+            report["errors jax-linear-attention"] = check_forward(jla_siso, CHECKED_LENGTHS[0])
+            for shape in options.shapes:
+                args = make_inputs(*SHAPES[shape], 1)
+                row = {"implementation": "jax-linear-attention", "rank": 1, "shape": shape}
+                times = {"floor": floors(args, limits), "forward": milliseconds(jla_siso, args)}
+                add(row | times)
     options.json.write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, options.json.with_suffix(".png"))
+
+
+def measure(scan: Callable, shape: str, rank: int, limits: dict[str, float]) -> dict:
+    """Times, floors and temporary memory of an implementation at one shape."""
+    args = make_inputs(*SHAPES[shape], rank)
+    cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
+    both = forward_and_backward(scan)
+    memory = jax.jit(both).lower(args, cotangent).compile().memory_analysis()
+    return {
+        "floor": floors(args, limits),
+        "forward": milliseconds(lambda a: scan(**a), args),
+        "both": milliseconds(both, args, cotangent),
+        "temporaries_MB": memory.temp_size_in_bytes / 1e6,
+    }
+
+
+def plot(report: dict, path: Path) -> None:
+    """Bars of every time, on a logarithmic axis, with the floor as a line across each."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for axis, kind, title in zip(axes, _KINDS, ("forward", "forward + backward"), strict=True):
+        rows = [row for row in report["rows"] if kind in row]
+        labels = [f"{row['implementation']}\nrank {row['rank']} {row['shape']}" for row in rows]
+        times = [row[kind]["ms"] for row in rows]
+        spread = [[t - row[kind]["low"] for t, row in zip(times, rows, strict=True)],
+                  [row[kind]["high"] - t for t, row in zip(times, rows, strict=True)]]  # fmt: skip
+        axis.bar(labels, times, yerr=spread)
+        axis.scatter(labels, [row["floor"][kind] for row in rows], marker="_", color="black", label="floor")
+        axis.set(yscale="log", ylabel="ms", title=f"{title}, {report['device']}")
+        axis.tick_params(axis="x", rotation=90, labelsize=7)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
