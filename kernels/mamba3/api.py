@@ -96,7 +96,7 @@ def mamba3_scan(
         )
     why_not_triton = _why_not_triton(seq, chunk_size)
     if implementation is None:
-        implementation = "xla" if why_not_triton else "triton"
+        implementation = "xla" if why_not_triton or _partitioned() else "triton"
         _log_choice("scan", implementation, jax.default_backend())
     match implementation:
         case "reference":
@@ -151,7 +151,7 @@ def mamba3_step(
     check_inputs(token, weights, state, None, has_length=False)
     why_not_triton = _why_not_triton_step(token, state)
     if implementation is None:
-        implementation = "reference" if why_not_triton else "triton"
+        implementation = "reference" if why_not_triton or _partitioned() else "triton"
         _log_choice("step", implementation, jax.default_backend())
     match implementation:
         case "reference" | "xla":
@@ -182,6 +182,11 @@ def _no_triton_here() -> str | None:
     if compute_capability() < _LEAST_CAPABILITY:
         return f"{jax.local_devices()[0].device_kind} is not an NVIDIA GPU of compute capability 8.0 or more"
     return None
+
+
+def _partitioned() -> bool:
+    """Several devices, outside shard_map: XLA cannot split a kernel over them, and would give each the whole batch."""
+    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _require_triton(why_not: str | None) -> None:
