@@ -85,7 +85,7 @@ def _scales(case: Case, expected: dict[str, np.ndarray]) -> dict[str, float]:
         terms = args["x"][:, :, :, None] * args["mimo_x"] * gate / (1 + np.exp(-gate)) * args["mimo_o"]
         scales["d d"] = np.sqrt((terms**2).sum() / case.h)
     if case.log_dt[1] > 0:
-        # Gradients of log decay are differences of sums over y times its cotangent, added up over a chunk (backward.py).
+        # Gradients of log decay are differences of sums of y times its cotangent, summed over a chunk (backward.py).
         term = np.sqrt(64 * case.p * np.mean(expected["y"] ** 2))
         scales |= {"d a": term * np.sqrt(np.mean(args["dt"] ** 2)), "d dt": term * np.sqrt(np.mean(args["a"] ** 2))}
     return scales
