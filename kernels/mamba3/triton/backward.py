@@ -4,11 +4,12 @@ With g = ∂/∂y (before the gate), M_ij = g_i·x_j, mix_ij as in `mixing`, w_j
 
     G_in  = e^{L_end} G_out + Σ_i e^{L_i} g_i ⊗ C_i                                           (`state_gradients`)
     dx_j  = Σ_i mix_ij (C_i·B_j) g_i + w_j G_out B_j + D g_j                                  (`value_gradients`)
-    dB_j  = Σ_i mix_ij M_ij C_i + w_j G_outᵀ x_j        dC_i = Σ_j mix_ij M_ij B_j + e^{L_i} H_inᵀ g_i   (`key_gradients`)
+    dB_j  = Σ_i mix_ij M_ij C_i + w_j G_outᵀ x_j                                              (`key_gradients`)
+    dC_i  = Σ_j mix_ij M_ij B_j + e^{L_i} H_inᵀ g_i
 
-What L_i scales is g_i·y_i, and x_i·dx_i, less their parts from γ_i and D. A step of the decay or of the phase reaches every
-later position, so their gradients are sums from the end of the chunk; what lies beyond the chunk is in two contractions of
-G_out and H_out (`flows`).
+What L_i scales is g_i·y_i, and x_i·dx_i, less their parts from γ_i and D. A step of the decay or of the phase reaches
+every later position, so their gradients are sums from the end of the chunk; what lies beyond the chunk is in two
+contractions of G_out and H_out (`flows`).
 """
 
 import triton
@@ -62,9 +63,7 @@ def state_gradients(
         turned, rest = load_state(last_grad_ptr, row_head, p_column, turned_column, rest_column, P, N, S, PP, UP)
         for back in range(0, SEGMENTS - 1 - segment):
             later = row_head * SEGMENTS + SEGMENTS - 1 - back
-            more, more_rest = load_state(
-                segment_grad_ptr, later, p_column, turned_column, rest_column, P, N, S, PP, UP
-            )
+            more, more_rest = load_state(segment_grad_ptr, later, p_column, turned_column, rest_column, P, N, S, PP, UP)
             decay = tl.load(segment_decay_ptr + later)
             turned = decay * turned + more
             rest = decay * rest + more_rest
@@ -114,7 +113,7 @@ def flows(
     P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr,
     UP: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """⟨G, H⟩ between a chunk and the next, and its part that turns with each phase; as both were rounded for products."""
+    """⟨G, H⟩ between a chunk and the next, and its derivative by each phase, of both as rounded for products."""
     chunk = tl.program_id(0)
     row_head = tl.program_id(2) * H + tl.program_id(1)
     at = row_head * tl.cdiv(length, T) + chunk
@@ -170,7 +169,7 @@ def value_gradients(
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_D: tl.constexpr,
     HAS_DOC: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: dx, ds, dγ, the decay's sums from the end of the chunk, the chunk's share of dD and dmimo_x."""
+    """One chunk of one head: dx, ds, dγ, sums of the decay's gradient, and the chunk's share of dD and dmimo_x."""
     ROWS: tl.constexpr = T * R
     chunk = tl.program_id(0)
     head = tl.program_id(1)
@@ -276,8 +275,8 @@ def key_gradients(
 ):  # fmt: skip
     """One chunk of HEADS heads of one group: the gradient of B (OF_B) or of C, summed over these heads.
 
-    `own` is B or C, `other` the other one, `state` is G_out for B, H_in for C. Writes, too, the chunk's share of the bias'
-    gradient, and own's share of dω (summed over the heads) and of Δ's in the phase: sums from the end of the chunk.
+    `own` is B or C, `other` the other one, `state` is G_out for B, H_in for C. Writes, too, the chunk's share of the
+    bias' gradient, and own's share of dω (summed over the heads) and of Δ's in the phase: sums from the chunk's end.
     """
     ROWS: tl.constexpr = T * R
     chunk = tl.program_id(0)
@@ -355,7 +354,9 @@ def key_gradients(
             if HAS_OWN_BIAS:
                 _store_over_positions(dbias_ptr + share, real, s_column, S, N, T, R)
                 _store_over_positions(dbias_ptr + share + S, imag, s_column, S, N, T, R)
-            own_real = load_rows(own_ptr, own_bias_ptr + bias_at, row_at, rank, valid, s_column, S, SP, HAS_OWN_BIAS, R, N)
+            own_real = load_rows(
+                own_ptr, own_bias_ptr + bias_at, row_at, rank, valid, s_column, S, SP, HAS_OWN_BIAS, R, N
+            )
             own_imag = load_rows(
                 own_ptr + S, own_bias_ptr + bias_at + S, row_at, rank, valid, s_column, S, SP, HAS_OWN_BIAS, R, N
             )

@@ -57,7 +57,7 @@ def forward(
     ROW_OUTPUT: tl.constexpr, HAS_DOC: tl.constexpr, STATES_ONLY: tl.constexpr, SAVE: tl.constexpr,
     EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one head of one batch row: `chunks` chunks. Letters in pieces.py; PP, SP, UP are P, S, N - 2S padded.
+    """One segment of one head of one batch row: `chunks` chunks. Letters in pieces.py; PP, SP, UP: P, S, N - 2S padded.
 
     ROW_OUTPUT: y of every rank, [b, l, h, r, p], instead of their sum.
     STATES_ONLY: from a zero state; writes H and decay of every segment to last_*, and no y.

@@ -221,7 +221,6 @@ def _forward(plan: Plan, inputs: Inputs, prepared: Prepared, save: bool):
 def _gate_gradients(plan: Plan, inputs: Inputs, y_rows: jax.Array, dy: jax.Array):
     """Gradients of y before the gate, [b, l, h, r, p], and of z, mimo_z and mimo_o."""
     seq, weights = inputs.seq, inputs.weights
-    heads, rank, p = y_rows.shape[2:]
     if plan.row_output:
         return dy, None, None, None
 
@@ -387,8 +386,8 @@ def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, dphase) -> Inp
         return total.astype(weight.dtype)
 
     dseq = Sequence(
-        x=parts["x"], dt=ddt, a=seq.dt * ddecay, b=ungrouped(parts["b"]), c=ungrouped(parts["c"]), lam=dlam, omega=domega,
-        z=None if seq.z is None else parts["z"],
+        x=parts["x"], dt=ddt, a=seq.dt * ddecay, b=ungrouped(parts["b"]), c=ungrouped(parts["c"]), lam=dlam,
+        omega=domega, z=None if seq.z is None else parts["z"],
     )  # fmt: skip
     dweights = Weights(**{name: summed(name) for name in Weights._fields if name != "norm_weight"}, norm_weight=None)
     document = None if inputs.document is None else jnp.zeros(inputs.document.shape, jax.dtypes.float0)

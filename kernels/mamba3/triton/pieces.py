@@ -1,8 +1,8 @@
 """What the Triton kernels share: phases as integers, rotation, and the coefficients of one chunk.
 
-Notation: a chunk has T positions and R ranks, so ROWS = T·R rows; row i is rank i % R of position i // R. A phase is an
-int32 fraction of a turn, 2^32 to one turn: sums wrap by themselves and are exact in any order. Decays are in powers of
-two: L is a running sum of Δ A log₂e. Rotated coordinates come as [ROWS, 2S], real and imaginary part of each pair side by
+Notation: a chunk has T positions and R ranks, so ROWS = T·R rows; row i is rank i % R of position i // R. A phase is a
+fraction of a turn, int32 (2^32 to a turn) or int16 (2^16): sums wrap by themselves. Decays are in powers of two:
+L is a running sum of Δ A log₂e. Rotated coordinates come as [ROWS, 2S], real and imaginary part of each pair side by
 side: a permutation of the n coordinates that B, C and the state share, so products over n do not see it.
 """
 
@@ -156,7 +156,7 @@ def unpair(v):
 
 @triton.jit
 def per_rank(ptr, rank, column, WIDTH: tl.constexpr, PADDED: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr):
-    """WIDTH columns of a head's [R, STRIDE] weight at every row: float32, [ROWS, PADDED], or [1, PADDED] for one rank."""
+    """WIDTH columns of a head's [R, STRIDE] weight at every row: float32, [ROWS, PADDED], or [1, PADDED] if R is 1."""
     if R == 1:
         return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     else:

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .pieces import load_omega, running_sums, turn_steps, within
 
-
 # Adding and subtracting 1.5·2^(23 - k) rounds a float32 to multiples of 2^-k, faster than the conversion unit does.
 _TO_UNITS = tl.constexpr(12582912.0)
 _TO_256THS = tl.constexpr(49152.0)
@@ -35,8 +34,8 @@ def prepare(
     """`tiles` tiles of TILE positions, a multiple of T. dt and decay are [b, h, l].
 
     Writes the phase at every position, the running sums of the decay in each chunk, and the phase after each segment.
-    EXACT: ω in radians, phases in int32, every sum exact. Else ω and the phases between segments are turns in float32, and
-    the phases int16: sums in a tile are products with a triangle of ones, exact in their first part, and good to 2^-18.
+    EXACT: ω in radians, phases in int32, every sum exact. Else ω and the phases between segments are turns in float32,
+    and the phases int16: sums in a tile are products with a triangle of ones, exact in their first part, good to 2^-18.
     """
     segment = tl.program_id(0)
     head = tl.program_id(1)

@@ -10,11 +10,9 @@ from ..readout import per_rank, readout
 from ..rotary import TWO_PI, rotate, wrap_angle
 from ..state import Mamba3State
 from . import op
-from .launch import compute_capability
-from .plans import choose_plan
+from .plans import choose_plan, too_large
 
 _MAX_WIDTH = 256  # of the state and of a head, padded to a power of two
-_BLACKWELL = 100
 _OPERANDS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -28,6 +26,9 @@ def unsupported(seq: Sequence, chunk_size: int | None) -> str | None:
             return f"{name} has dtype {v.dtype}; the Triton kernels take float32, bfloat16 and float16"
     if n > _MAX_WIDTH or p > _MAX_WIDTH // 2:
         return f"n = {n}, p = {p}; the Triton kernels take n up to {_MAX_WIDTH} and p up to {_MAX_WIDTH // 2}"
+    reason = too_large(p, n)
+    if reason is not None:
+        return reason
     if rank & (rank - 1) or rank > 16:
         return f"rank {rank}; the Triton kernels take powers of two up to 16"
     if chunk_size is not None and (chunk_size & (chunk_size - 1) or not 16 <= chunk_size * rank <= 128):
@@ -61,10 +62,7 @@ def scan(
     s = seq.omega.shape[-1]
     ssm = op.to_kernel_order(entering_ssm(seq, weights, state, acc), s)
     inputs = op.Inputs(kernel_seq, kernel_weights, ssm, state.angle.astype(acc), document)
-    plan = choose_plan(seq, chunk_size)._replace(row_output=with_norm)
-    if compute_capability() >= _BLACKWELL:
-        plan = plan._replace(stages=1)  # Triton 3.6's pipeliner fails there on loops like these
-    y, ssm, angle = op.scan(plan, inputs)
+    y, ssm, angle = op.scan(choose_plan(seq, chunk_size)._replace(row_output=with_norm), inputs)
     if with_norm:
         y = _normed(y, seq, weights, norm_eps)
     ssm = op.from_kernel_order(ssm, s)
