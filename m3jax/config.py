@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from m3jax.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float64")
-_IMPLEMENTATIONS = ("reference", "triton", "xla")
+_IMPLEMENTATIONS = ("mosaic", "reference", "triton", "xla")
 
 
 @dataclass(frozen=True)

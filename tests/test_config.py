@@ -69,7 +69,7 @@ def test_derived_sizes():
         ),
         (
             {"model__scan_implementation": "tritn"},
-            r"scan_implementation = 'tritn': expected one of reference, triton, xla. Did you mean 'triton'\?",
+            r"scan_implementation = 'tritn': expected one of mosaic, reference, triton, xla. Did you mean 'triton'\?",
         ),
         ({"model__dtype": "float16"}, "config.model.dtype = 'float16': expected one of float32, bfloat16, float64"),
         ({"model__dt_min": 0.5}, r"config.model.dt_min = 0.5: expected a number in \(0, dt_max = 0.1\]"),

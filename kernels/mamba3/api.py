@@ -17,9 +17,14 @@ except ImportError as error:  # jax-triton comes with the extra "cuda"
     triton_scan, triton_step = None, None
     _NO_TRITON = " ".join(str(error).split()).partition(". ")[0]  # its first sentence
 
+try:
+    from .mosaic import scan as mosaic_scan
+except ImportError as error:
+    mosaic_scan, _NO_MOSAIC = None, str(error)
+
 _log = logging.getLogger(__name__)
 _LEAST_CAPABILITY = 80  # the first with bfloat16 matrix products and asynchronous copies
-_IMPLEMENTATIONS = ("reference", "triton", "xla")
+_IMPLEMENTATIONS = ("mosaic", "reference", "triton", "xla")
 
 
 def mamba3_scan(
@@ -73,7 +78,8 @@ def mamba3_scan(
         continues `initial_state`.
       chunk_size: positions per chunk of the chunked implementations; no influence on the result beyond rounding.
       implementation: "reference" (token by token), "xla" (chunked matrix products, any device), "triton" (kernels for
-        NVIDIA GPUs), or None for the fastest that can run here.
+        NVIDIA GPUs), "mosaic" (for Hopper GPUs and SISO; its backward is Triton's), or None for the fastest that can
+        run here.
       return_state: also return the state after the last token.
 
     Returns:
@@ -94,18 +100,24 @@ def mamba3_scan(
         initial_state = Mamba3State.zeros(
             x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype
         )
-    why_not_triton = _why_not_triton(seq, chunk_size)
+    why_not = {
+        "mosaic": _why_not_mosaic(seq, weights, segment_ids, chunk_size),
+        "triton": _why_not_triton(seq, chunk_size),
+    }
     if implementation is None:
-        implementation = "xla" if why_not_triton or _partitioned() else "triton"
+        able = () if _partitioned() else (name for name, reason in why_not.items() if reason is None)
+        implementation = next(iter(able), "xla")
         _log_choice("scan", implementation, jax.default_backend())
+    _require(implementation, why_not.get(implementation))
     match implementation:
         case "reference":
             run = reference.scan
         case "xla":
             run = functools.partial(xla.scan, chunk_size)
         case "triton":
-            _require_triton(why_not_triton)
             run = functools.partial(triton_scan.scan, chunk_size)
+        case "mosaic":
+            run = functools.partial(mosaic_scan.scan, chunk_size)
         case _:
             raise _unknown(implementation)
     y, state = run(seq, weights, initial_state, segment_ids, norm_eps)
@@ -156,13 +168,21 @@ def mamba3_step(
     match implementation:
         case "reference" | "xla":
             run = reference.step
-        case "triton":
-            _require_triton(why_not_triton)
+        case "triton" | "mosaic":  # A step's kernel is Triton's on every GPU.
+            _require(implementation, why_not_triton)
             run = triton_step.step
         case _:
             raise _unknown(implementation)
     y, new_state = run(token, weights, state, norm_eps)
     return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
+
+
+def _why_not_mosaic(
+    seq: Sequence, weights: Weights, segment_ids: jax.Array | None, chunk_size: int | None
+) -> str | None:
+    if mosaic_scan is None:
+        return _NO_MOSAIC
+    return _no_triton_here() or mosaic_scan.unsupported(seq, weights, segment_ids, chunk_size)
 
 
 def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:
@@ -189,9 +209,9 @@ def _partitioned() -> bool:
     return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
 
 
-def _require_triton(why_not: str | None) -> None:
+def _require(implementation: str, why_not: str | None) -> None:
     if why_not is not None:
-        raise ValueError(f'implementation = "triton" cannot run here: {why_not}.')
+        raise ValueError(f'implementation = "{implementation}" cannot run here: {why_not}.')
 
 
 def _unknown(implementation: str) -> ValueError:

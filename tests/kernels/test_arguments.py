@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
     ({"omega": np.zeros((2, 21, 7), np.float32)}, "s = 7 angles; the state width n = 12 allows 6"),
     ({"segment_ids": np.zeros((2, 20), np.int32)}, r"segment_ids has shape \(2, 20\)"),
     ({"chunk_size": 0}, "chunk_size = 0; expected at least 1"),
-    ({"implementation": "cuda"}, "implementation = 'cuda'; expected None or one of reference, triton, xla"),
+    ({"implementation": "cuda"}, "implementation = 'cuda'; expected None or one of mosaic, reference, triton, xla"),
     ({"x": np.zeros((21, 4, 8), np.float32)}, r"x must be \[b, l, h, p\]"),
     ({"initial_state": Mamba3State.zeros(2, 4, 8, 12, 2, 3)}, r"state.b has shape \(2, 4, 2, 12\)"),
 ])  # fmt: skip
@@ -128,5 +128,5 @@ mamba3_scan(**make(Case(), "float32"), implementation="triton")
 
 
 def test_step_names_the_implementation():
-    with pytest.raises(ValueError, match="implementation = 'cuda'; expected None or one of reference, triton, xla"):
+    with pytest.raises(ValueError, match="implementation = 'cuda'; expected None or one of mosaic, reference, triton, xla"):
         mamba3_step(**_token(make(Case(), "float32")), state=make_state(Case(), "float32"), implementation="cuda")
