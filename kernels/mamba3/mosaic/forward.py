@@ -1,0 +1,325 @@
+"""Hopper kernels of the SISO forward scan: one warpgroup walks the chunks of one head, two of them share an SM.
+
+Notation: chunks of T positions; L the running sum of Δ A log₂e in a chunk; s_j = γ_j + (1 - λ_{j+1}) Δ_{j+1}; B and C
+with bias, rotated to the phase of their position. Per chunk, with H [P, N] in registers (float32):
+
+    y = 2^L ⊙ (C Hᵀ) + (C Bᵀ ⊙ M) X + D X      M_ij = 2^(L_i - L_j) s_j below the diagonal, γ_i on it
+    H ← 2^(L_end) H + (2^(L_end - L) s ⊙ X)ᵀ B
+
+and y ⊙ silu(z) is what is written. A sequence may be cut into segments: `state_pass` finds what each adds to H, and
+`output_pass` begins every segment with the sum of those before.
+
+Products run on by themselves: a chunk issues C Bᵀ and C Hᵀ together, finds M meanwhile, waits for the first alone, and
+then issues both products that follow from it.
+
+Shared memory is used without automatic barriers. The warpgroup meets at three points of a chunk:
+  A  Rotated B is in `rot`, scaled X in `scaled`, and H in `narrow_h` since the chunk before. Every warp has read the
+     raw B, C and ω, and y of the chunk before has left `gate`: the next raw tiles and this chunk's z may arrive.
+  B  Every warp's products with `narrow_h` are done: it may change.
+  C  Every warp's products with `rot`, `scaled` and X are done: they may change, and X and the coefficients of two
+     chunks ahead may arrive, as those of this chunk have been read. The new H is in `narrow_h`, and y in `gate`, where
+     each warp writes only rows whose z it alone has read.
+Before A and C every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .pieces import (
+    COEFFICIENTS,
+    DECAY,
+    HALF,
+    TO_END,
+    WG,
+    N,
+    P,
+    S,
+    T,
+    accumulate,
+    iotas,
+    load_cols,
+    load_rows,
+    load_tile,
+    meet,
+    mixing,
+    opaque_zero,
+    publish,
+    resting,
+    rows,
+    tile,
+    turn,
+    turning,
+    widen,
+)  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """What the kernels need of every chunk."""
+
+    coefficients: jax.Array  # [b, h, chunks, COEFFICIENTS, T] float32
+    rates: jax.Array  # ω in its high and low parts, [b, l, 2S] bfloat16
+    starts: jax.Array  # phase before the chunk, [b, h, chunks, S] float32, radians
+
+
+_PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+_GRID = ("batch", "segment", "head")
+
+
+def output_pass(
+    x: jax.Array, z: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
+    b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, ssm: jax.Array,
+    before: tuple[jax.Array, jax.Array] | None, *, segments: int, interpret=None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """y and H after the last token.
+
+    Args:
+      x: [b, l, h, P] bfloat16, as z; l is a whole number of chunks.
+      z: the gate.
+      b: B, [b, l, g, N] bfloat16.
+      c: C likewise.
+      prepared: from prepare.py.
+      b_bias: [h, 1, N] float32.
+      c_bias: likewise.
+      d: [h] float32.
+      ssm: H before the first token, [b, h, P, N] float32.
+      before: what `state_pass` returns, if there are several segments.
+      segments: of the sequence; all but the last have equally many chunks.
+      interpret: parameters of the interpreter, if it is to run the kernel.
+    """
+    batch, length, heads, _ = x.shape
+    chunks, per_group = length // T, heads // b.shape[2]
+    most = -(-chunks // segments)
+    simulated = interpret is not None
+
+    def body(*refs):
+        (x_ref, z_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, c_bias_ref, d_ref, ssm_ref,
+         *refs) = refs  # fmt: skip
+        if segments > 1:
+            added_ref, decay_ref, *refs = refs
+        (y_ref, last_ref, wide, small, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
+         x_here, z_here, coefficients_here, bias_here) = refs  # fmt: skip
+        raw_b, raw_c = wide.at[0], wide.at[1]
+        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        first = segment * most
+        count = jnp.minimum(most, chunks - first) if chunks % segments else most
+
+        def span(ci):
+            return pl.ds((first + ci) * T, T)
+
+        def get_raw(ci):
+            group = head // per_group
+            plgpu.copy_gmem_to_smem(b_ref.at[index, span(ci), group], raw_b, raw_here)
+            plgpu.copy_gmem_to_smem(c_ref.at[index, span(ci), group], raw_c, raw_here)
+            plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci)], small.at[4], raw_here)
+
+        def get_x(ci, slot):
+            plgpu.copy_gmem_to_smem(
+                coefficient_ref.at[index, head, first + ci], both_coefficients.at[slot], coefficients_here.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                start_ref.at[index, head, first + ci], both_starts.at[slot], coefficients_here.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(x_ref.at[index, span(ci), head], small.at[slot], x_here.at[slot])
+
+        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], bias_b, bias_here)
+        plgpu.copy_gmem_to_smem(c_bias_ref.at[head], bias_c, bias_here)
+        get_raw(0)
+        get_x(0, 0)
+        pl.when(count > 1)(lambda: get_x(1, 1))
+
+        state = plgpu.load(ssm_ref.at[index, head], layout=WG, optimized=False)
+        if segments > 1:
+
+            def take(k, state):
+                added = plgpu.load(added_ref.at[index, head, k], layout=WG, optimized=False)
+                return state * decay_ref[index, head, k, 0] + added
+
+            state = lax.fori_loop(0, segment, take, state)
+        wide[3] = state.astype(jnp.bfloat16)
+        plgpu.barrier_wait(bias_here)
+        for bias, narrow in ((bias_b, narrow_b), (bias_c, narrow_c)):
+            narrow[...] = load_cols(bias.at[0, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        skip = d_ref[head]
+
+        def chunk(ci, state):
+            slot = lax.rem(ci, 2)
+            # Addresses of products must not look constant: the compiler would find all before the loop and keep them
+            # in registers, of which there are too few.
+            zero = opaque_zero(simulated)
+            rot, narrow_h = wide.at[2 + zero], wide.at[3 + zero]
+            scaled, rate, gate = small.at[3 + zero], small.at[4 + zero], small.at[2 + zero]
+            here, x_tile = both_coefficients.at[slot], small.at[slot]
+            row, column = iotas()
+            plgpu.barrier_wait(coefficients_here.at[slot])
+            plgpu.barrier_wait(raw_here)
+            plgpu.barrier_wait(x_here.at[slot])
+
+            def without_phases():
+                to_end = load_rows(here.at[TO_END]).astype(jnp.bfloat16)
+                scaled[...] = load_tile(x_tile) * rows(to_end, P)
+                rot[:, pl.ds(HALF, HALF)] = resting(raw_b, narrow_b)
+                return resting(raw_c, narrow_c)
+
+            cos, sin, c_rest = turn(here, both_starts.at[slot], rate, row, column, without_phases, simulated)
+            rot[:, pl.ds(0, HALF)] = turning(raw_b, bias_b, cos, sin, simulated)
+            c_turned = turning(raw_c, bias_c, cos, sin, simulated)
+            publish(simulated)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # A: this, too, makes the warps meet
+            plgpu.copy_gmem_to_smem(z_ref.at[index, span(ci), head], small.at[2], z_here)
+            pl.when(ci + 1 < count)(lambda: get_raw(ci + 1))
+
+            def products(scores, from_state, from_chunk):
+                plgpu.wgmma(scores, c_turned, rot.at[:, pl.ds(0, HALF)].transpose((1, 0)))
+                plgpu.wgmma(scores, c_rest, rot.at[:, pl.ds(HALF, HALF)].transpose((1, 0)))
+                plgpu.wgmma(from_state, c_turned, narrow_h.at[:, pl.ds(0, HALF)].transpose((1, 0)))
+                plgpu.wgmma(from_state, c_rest, narrow_h.at[:, pl.ds(HALF, HALF)].transpose((1, 0)))
+                decay = load_rows(here.at[DECAY])
+                mix = mixing(here, row, column, decay, simulated)
+                weights = (plgpu.wgmma_accumulator_load(scores, wait_n=2) * mix).astype(jnp.bfloat16)
+                end_decay = jnp.exp2(here[DECAY, T - 1])
+
+                def rest(accs, read):
+                    plgpu.wgmma(from_chunk, weights, x_tile)
+                    plgpu.wgmma(accs[0], scaled.transpose((1, 0)), rot)
+                    skipped = skip * widen(load_tile(x_tile), simulated)
+                    y = plgpu.wgmma_accumulator_load(from_chunk, wait_n=1) + skipped
+                    y = y + plgpu.wgmma_accumulator_load(from_state, wait_n=1) * rows(jnp.exp2(decay), P)
+                    meet(simulated)  # B
+                    plgpu.barrier_wait(z_here)
+                    half = widen(load_tile(gate) * jnp.bfloat16(0.5), simulated)
+                    y = y * (half * jnp.tanh(half) + half)  # y silu(z)
+                    gate[...] = y.astype(jnp.bfloat16)
+
+                (new_state,) = accumulate(rest, (state * end_decay,), simulated)
+                return new_state
+
+            acc = plgpu.ACC((T, P), jnp.float32)
+            state = pl.run_scoped(products, plgpu.ACC((T, T), jnp.float32), acc, acc)
+            narrow_h[...] = state.astype(jnp.bfloat16)
+            plgpu.commit_smem()  # C
+            plgpu.copy_smem_to_gmem(gate, y_ref.at[index, span(ci), head])
+            pl.when(ci + 2 < count)(lambda: get_x(ci + 2, slot))
+            return state
+
+        state = lax.fori_loop(0, count, chunk, state)
+
+        @pl.when(segment == segments - 1)
+        def _():
+            last_ref[index, head] = state
+
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(ssm.shape, ssm.dtype)),
+        scratch_types=[
+            tile(4, T, N), tile(5, T, P),  # raw B and C, rotated B, H; X twice, z and y, scaled X, ω
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
+            plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((1, N), jnp.float32),
+            plgpu.SMEM((HALF,), jnp.bfloat16), plgpu.SMEM((HALF,), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_barriers=2), plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(num_arrivals=2),
+        ],
+        grid=(batch, segments, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=_PARAMETERS,
+    )(x, z, b, c, *prepared, b_bias, c_bias, d, ssm, *(before or ()))  # fmt: skip
+
+
+def state_pass(
+    x: jax.Array, b: jax.Array, prepared: Prepared, b_bias: jax.Array,
+    *, segments: int, interpret=None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Of each segment but the last: what it adds to H, [b, h, segments - 1, P, N], and its decay (N times the same).
+
+    Arguments as in `output_pass`. Shared memory is safe by the points A and C there; B does not occur, as here no
+    product reads H.
+    """
+    batch, length, heads, _ = x.shape
+    count, per_group = -(-(length // T) // segments), heads // b.shape[2]
+    simulated = interpret is not None
+
+    def body(*refs):
+        (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, added_ref, decay_ref, raw_b, rate, both_x,
+         both_coefficients, both_starts, bias_b, narrow_b, rot, scaled, raw_here, x_here, coefficients_here,
+         bias_here) = refs  # fmt: skip
+        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        first = segment * count
+
+        def span(ci):
+            return pl.ds((first + ci) * T, T)
+
+        def get_raw(ci):
+            plgpu.copy_gmem_to_smem(b_ref.at[index, span(ci), head // per_group], raw_b, raw_here)
+            plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci)], rate, raw_here)
+
+        def get_x(ci, slot):
+            plgpu.copy_gmem_to_smem(
+                coefficient_ref.at[index, head, first + ci], both_coefficients.at[slot], coefficients_here.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                start_ref.at[index, head, first + ci], both_starts.at[slot], coefficients_here.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(x_ref.at[index, span(ci), head], both_x.at[slot], x_here.at[slot])
+
+        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], bias_b, bias_here)
+        get_raw(0)
+        get_x(0, 0)
+        if count > 1:
+            get_x(1, 1)
+        plgpu.barrier_wait(bias_here)
+        narrow_b[...] = load_cols(bias_b.at[0, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+        def chunk(ci, carry):
+            state, log_decay = carry
+            slot = lax.rem(ci, 2)
+            here = both_coefficients.at[slot]
+            row, column = iotas()
+            plgpu.barrier_wait(coefficients_here.at[slot])
+            plgpu.barrier_wait(raw_here)
+            plgpu.barrier_wait(x_here.at[slot])
+
+            def without_phases():
+                to_end = load_rows(here.at[TO_END]).astype(jnp.bfloat16)
+                scaled[...] = load_tile(both_x.at[slot]) * rows(to_end, P)
+                rot[:, pl.ds(HALF, HALF)] = resting(raw_b, narrow_b)
+
+            cos, sin, _ = turn(here, both_starts.at[slot], rate, row, column, without_phases, simulated)
+            rot[:, pl.ds(0, HALF)] = turning(raw_b, bias_b, cos, sin, simulated)
+            end = here[DECAY, T - 1]
+            plgpu.commit_smem()  # A; by now X and the coefficients, too, have been read
+            pl.when(ci + 1 < count)(lambda: get_raw(ci + 1))
+            pl.when(ci + 2 < count)(lambda: get_x(ci + 2, slot))
+
+            def update(accs, read):
+                plgpu.wgmma(accs[0], scaled.transpose((1, 0)), rot)
+
+            (state,) = accumulate(update, (state * jnp.exp2(end),), simulated)
+            plgpu.commit_smem()  # C
+            return state, log_decay + end
+
+        zero = plgpu.layout_cast(jnp.zeros((P, N), jnp.float32), WG)
+        state, log_decay = lax.fori_loop(0, count, chunk, (zero, jnp.float32(0.0)))
+        added_ref[index, head, segment] = state
+        decay_ref[index, head, segment] = jnp.broadcast_to(jnp.exp2(log_decay), (N,))
+
+    added = jax.ShapeDtypeStruct((batch, heads, segments - 1, P, N), jnp.float32)
+    return plgpu.kernel(
+        body,
+        out_type=(added, jax.ShapeDtypeStruct((batch, heads, segments - 1, N), jnp.float32)),
+        scratch_types=[
+            tile(T, N), tile(T, 2 * S), tile(2, T, P),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
+            plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((HALF,), jnp.bfloat16), tile(T, N), tile(T, P),
+            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(),
+        ],
+        grid=(batch, segments - 1, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=_PARAMETERS,
+    )(x, b, *prepared, b_bias)  # fmt: skip

@@ -1,0 +1,259 @@
+"""What the Mosaic GPU kernels share: loads, phases, rotation and masks of one chunk.
+
+Notation: a chunk has T = 64 positions, one warpgroup works on it. A [64, w] array lies in registers as the matrix units
+leave it (WG): a thread has pairs of neighbouring columns in two rows; ROW and COL are the layouts of a vector along its
+rows or its columns. wgmma(acc, a, b) adds a @ b to acc and runs on by itself until it is waited for.
+
+Some pieces exist twice: in plain operations, which the interpreter takes, and by hand where the compiler takes more
+instructions than needed (`simulated` chooses the plain ones).
+"""
+
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+T, N, P, S = 64, 128, 64, 32  # chunk, state width, head width, angles
+HALF = N // 2  # of the state's coordinates: the first rotates, the second does not
+
+# Rows of the coefficients of a chunk, float32 [T] each (prepare.py).
+COEFFICIENTS = 6
+DECAY, OTHER, OWN, STEP_HIGH, STEP_LOW, TO_END = range(COEFFICIENTS)
+
+WG = plgpu.Layout.WGMMA
+ROW, COL = WG.reduce(1), WG.reduce(0)
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_MAGIC = 1.5 * 2.0**23  # adding it to |v| < 2^22 and taking it away again rounds v to an integer
+_TWO_PI = 2 * math.pi
+
+
+def tile(*shape: int) -> plgpu.SMEM:
+    """bfloat16 in shared memory, laid out for the matrix units."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TRANSFORMS)
+
+
+def rows(v: jax.Array, width: int) -> jax.Array:
+    """[h] along rows → [h, width]."""
+    return lax.broadcast_in_dim(v, (v.shape[0], width), (0,))
+
+
+def cols(v: jax.Array, height: int) -> jax.Array:
+    """[w] along columns → [height, w]."""
+    return lax.broadcast_in_dim(v, (height, v.shape[0]), (1,))
+
+
+def load_rows(ref) -> jax.Array:
+    """A vector of shared memory, one element per row."""
+    return plgpu.load(ref, layout=ROW, optimized=False)
+
+
+def load_cols(ref) -> jax.Array:
+    """A vector of shared memory, one element per column."""
+    return plgpu.load(ref, layout=COL, optimized=False)
+
+
+def load_tile(ref) -> jax.Array:
+    """[64, w] of shared memory."""
+    return plgpu.load(ref, layout=WG)
+
+
+def iotas() -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers, int32 [T, T]."""
+    row = plgpu.broadcasted_iota(jnp.int32, (T, T), 0, layout=WG)
+    column = plgpu.broadcasted_iota(jnp.int32, (T, T), 1, layout=WG)
+    return row, column
+
+
+def widen(v: jax.Array, simulated: bool) -> jax.Array:
+    """bfloat16 [64, w] → float32, in two integer operations a pair (the compiler's own way takes three)."""
+    if simulated:
+        return v.astype(jnp.float32)
+
+    @plgpu.inline_mgpu(arg_types=(WG,), return_type=plgpu.ShapeDtypeStruct(v.shape, jnp.float32, layout=WG))
+    def inline(ctx, array):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        sixteen, high = _int(16), _int(-65536)
+        out = np.empty_like(array.registers)
+        for index, register in np.ndenumerate(array.registers):
+            bits = vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), register), [], [0])
+            first = arith.bitcast(f32, arith.shli(bits, sixteen))
+            second = arith.bitcast(f32, arith.andi(bits, high))
+            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), [first, second])
+        return type(array)(_registers=out, _layout=array.layout, _is_signed=None)
+
+    return inline(v)
+
+
+def turn(coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhile, simulated: bool):
+    """Cosine and sine [T, S] of the phases: that of the chunk's start plus Σ_{j ≤ i} Δ_j ω_j, in radians.
+
+    The sum is a product of a triangle holding Δ with ω. Both come as two bfloat16 parts, off by 2^-17 of them, as is a
+    step Δω; sums are reduced to half a turn before cosine and sine. `meanwhile` is called while the product runs;
+    what it returns comes third.
+    """
+    causal = _causal_ones(row, column, simulated)
+    high, low = (causal * cols(load_cols(coefficients.at[k]).astype(jnp.bfloat16), T) for k in (STEP_HIGH, STEP_LOW))
+
+    def sum_steps(acc):
+        plgpu.wgmma(acc, high, rates)
+        plgpu.wgmma(acc, low, rates)
+        done = meanwhile()
+        return acc[...], done
+
+    parts, done = pl.run_scoped(sum_steps, plgpu.ACC((T, 2 * S), jnp.float32))
+    angle = (parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T)
+    turns = angle * (1 / _TWO_PI)
+    turns = jnp.round(turns) if simulated else (turns + _MAGIC) - _MAGIC  # XLA would undo the latter
+    angle = angle - turns * _TWO_PI
+    return jnp.cos(angle), jnp.sin(angle), done
+
+
+def turning(raw, bias, cos: jax.Array, sin: jax.Array, simulated: bool) -> jax.Array:
+    """The half of B or C that rotates, with its bias: bfloat16 [T, HALF]."""
+    v = widen(load_tile(raw.at[:, pl.ds(0, HALF)]), simulated) + cols(load_cols(bias.at[0, pl.ds(0, HALF)]), T)
+    real, imag = v[:, :S], v[:, S:]
+    turned = [(real * cos - imag * sin).astype(jnp.bfloat16), (real * sin + imag * cos).astype(jnp.bfloat16)]
+    return jnp.concatenate(turned, axis=1)
+
+
+def resting(raw, bias) -> jax.Array:
+    """The half that does not, with its bias in bfloat16, whose rounding is no larger than that of the sum."""
+    return load_tile(raw.at[:, pl.ds(HALF, HALF)]) + cols(load_cols(bias), T)
+
+
+def mixing(coefficients, row: jax.Array, column: jax.Array, from_start: jax.Array, simulated: bool) -> jax.Array:
+    """What multiplies (C_i·B_j) x_j in y_i, float32 [T, T]: e^{L_i - L_j} s_j below the diagonal, γ_i on it, else 0."""
+    below = rows(from_start, T) - cols(load_cols(coefficients.at[OTHER]), T)
+    diagonal = cols(load_cols(coefficients.at[OWN]), T)
+    return jnp.exp2(_causal_exponent(row, column, below, diagonal, simulated))
+
+
+def publish(simulated: bool) -> None:
+    """Makes this thread's stores to shared memory visible to copies and products; a barrier has to follow."""
+    if simulated:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def inline(ctx):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    inline()
+
+
+def meet(simulated: bool) -> None:
+    """A barrier of the warpgroup."""
+    if simulated:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def inline(ctx):
+        mgpu.warpgroup_barrier()
+
+    inline()
+
+
+def opaque_zero(simulated: bool) -> jax.Array:
+    """0, of which the compiler's optimizer does not know; what translates its result to machine code does."""
+    if simulated:
+        return jnp.int32(0)
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    def inline(ctx):
+        i32 = ir.IntegerType.get_signless(32)
+        zero = llvm.inline_asm(i32, [], "mov.u32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(zero, shape=(), is_signed=True)
+
+    return inline()
+
+
+def _int(value: int) -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+
+
+class _Below:
+    """Whether i - j ≥ bound at an element of a [T, T] array, compared once per distinct bound of a thread.
+
+    A thread's registers are [1, k, 1, 1, r, ...]: column block of 8, half of 16 rows; each holds two columns.
+    """
+
+    def __init__(self, row, column):
+        assert row.registers.shape[:5] == (1, T // 8, 1, 1, 2) and row.registers.size == T // 4, row.registers.shape
+        first = [vector.extract(v.registers.flat[0], [], [0]) for v in (row, column)]
+        self._difference = arith.subi(*first)  # of this thread's first element
+        self._made = {}
+
+    def __call__(self, index: tuple[int, ...], element: int, bound: int) -> ir.Value:
+        bound += 8 * index[1] + element - 8 * index[4]
+        if bound not in self._made:
+            self._made[bound] = arith.cmpi(arith.CmpIPredicate.sge, self._difference, _int(bound))
+        return self._made[bound]
+
+
+def _causal_ones(row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
+    """bfloat16 [T, T]: 1 where i ≥ j, else 0."""
+    if simulated:
+        return jnp.where(row >= column, 1.0, 0.0).astype(jnp.bfloat16)
+
+    @plgpu.inline_mgpu(arg_types=(WG, WG), return_type=plgpu.ShapeDtypeStruct((T, T), jnp.bfloat16, layout=WG))
+    def inline(ctx, row, column):
+        below = _Below(row, column)
+        none, first, both = (_int(v) for v in (0, 0x3F80, 0x3F803F80))
+        out = np.empty_like(row.registers)
+        for index, _ in np.ndenumerate(row.registers):
+            bits = arith.select(below(index, 1, 0), both, arith.select(below(index, 0, 0), first, none))
+            bits = vector.from_elements(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), [bits])
+            out[index] = vector.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), bits)
+        return type(row)(_registers=out, _layout=row.layout, _is_signed=None)
+
+    return inline(row, column)
+
+
+def _causal_exponent(row, column, below: jax.Array, diagonal: jax.Array, simulated: bool) -> jax.Array:
+    """float32 [T, T]: `below` where i > j, `diagonal` where i = j, else -inf."""
+    if simulated:
+        return jnp.where(row > column, below, jnp.where(row == column, diagonal, -jnp.inf))
+
+    @plgpu.inline_mgpu(arg_types=(WG,) * 4, return_type=plgpu.ShapeDtypeStruct((T, T), jnp.float32, layout=WG))
+    def inline(ctx, row, column, low, diagonal):
+        f32 = ir.F32Type.get()
+        below = _Below(row, column)
+        never = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        out = np.empty_like(low.registers)
+        for index, _ in np.ndenumerate(low.registers):
+            pair = []
+            for element in range(2):
+                strict, own = (vector.extract(v.registers[index], [], [element]) for v in (low, diagonal))
+                own = arith.select(below(index, element, 0), own, never)
+                pair.append(arith.select(below(index, element, 1), strict, own))
+            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
+        return type(row)(_registers=out, _layout=low.layout, _is_signed=None)
+
+    return inline(row, column, below, diagonal)
+
+
+def accumulate(add, start: tuple[jax.Array, ...], simulated: bool) -> tuple[jax.Array, ...]:
+    """add(accumulators, read) issues products onto accumulators that begin as `start`; returns them when all are done.
+
+    read(k, n) gives accumulator k once at most n groups of products are in flight. The interpreter's begin at 0.
+    """
+
+    def with_start(accs):
+        add(accs, lambda k, n: plgpu.wgmma_accumulator_load(accs[k], wait_n=n))
+
+    def from_zero(*accs):
+        add(accs, lambda k, n: plgpu.wgmma_accumulator_load(accs[k], wait_n=n) + start[k])
+        return tuple(acc[...] + v for acc, v in zip(accs, start, strict=True))
+
+    if simulated:
+        return pl.run_scoped(from_zero, *(plgpu.ACC(v.shape, jnp.float32) for v in start))
+    return pl.run_state(with_start)(tuple(plgpu.ACC.init(v) for v in start))

@@ -1,0 +1,65 @@
+"""Lowers the Mosaic GPU scan for a GPU that need not be there: forward, its derivative, and under vmap.
+
+Run as a process of its own: the suite runs Triton in its interpreter. Prints the names of the custom calls of each.
+"""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+from jax_triton import triton_lib
+
+from m3jax.kernels.mamba3.inputs import Sequence, Weights
+from m3jax.kernels.mamba3.mosaic import scan
+from m3jax.kernels.mamba3.state import Mamba3State
+
+BATCH, HEADS = 1, 4
+
+
+def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def arguments(length: int) -> tuple[Sequence, Weights, Mamba3State]:
+    """Shapes of what a layer passes; more heads would only take longer."""
+    x = shape(BATCH, length, HEADS, 64, dtype=jnp.bfloat16)
+    b = shape(BATCH, length, 1, 1, 128, dtype=jnp.bfloat16)
+    dt, bias = shape(BATCH, length, HEADS), shape(HEADS, 1, 128)
+    seq = Sequence(x, dt, dt, b, b, dt, shape(BATCH, length, 32), x)
+    state = Mamba3State(
+        shape(BATCH, HEADS, 32), shape(BATCH, HEADS, 64, 128), shape(BATCH, HEADS, 1, 128),
+        shape(BATCH, HEADS, 64, dtype=jnp.bfloat16),
+    )  # fmt: skip
+    return seq, Weights(bias, bias, None, None, None, shape(HEADS), None), state
+
+
+def run(seq: Sequence, weights: Weights, state: Mamba3State):
+    return scan.scan(None, seq, weights, state, None, 1e-5)
+
+
+def loss(*args) -> jax.Array:
+    return sum(jnp.sum(v.astype(jnp.float32)) for v in jax.tree.leaves(run(*args)))
+
+
+def calls(function, *args) -> list[str]:
+    """Custom calls to kernels, in the lowered program's order."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @(triton_kernel_call|mosaic_gpu\w*)", text)
+
+
+def main() -> None:
+    """Lowers each, for compute capability 9.0."""
+    triton_lib.triton_kernel_call_lib.get_compute_capability = lambda device: 90
+    one_chunk, rest = arguments(64), arguments(200)
+    several = jax.tree.map(lambda v: shape(2, *v.shape, dtype=v.dtype), one_chunk)
+    print(json.dumps({
+        "one chunk": calls(run, *one_chunk),
+        "segments": calls(run, *rest),
+        "vmap": calls(jax.vmap(run), *several),
+        "gradient": calls(jax.grad(loss, argnums=(0, 1, 2)), *one_chunk),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

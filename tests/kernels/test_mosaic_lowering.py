@@ -1,0 +1,28 @@
+"""The Mosaic GPU kernels lower for a GPU on a machine that has none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+pytest.importorskip("jax_triton", reason="jax-triton or the jax-cuda plugin is missing", exc_type=ImportError)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
+def test_forward_and_gradient_lower():
+    script = Path(__file__).with_name("lower_mosaic.py")
+    environment = {name: v for name, v in os.environ.items() if name not in ("TRITON_INTERPRET", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, script], cwd=script.parents[2], text=True, capture_output=True,
+        env=environment | {"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    calls = {name: [call.partition("_")[0] for call in made] for name, made in json.loads(done.stdout).items()}
+    prepare, output = ["triton"] * 2, ["mosaic"]
+    assert calls["one chunk"] == calls["vmap"] == prepare + output
+    assert calls["segments"] == prepare + 2 * output  # the state of every segment first
+    assert set(calls["gradient"]) == {"triton"}  # whose forward saves what the backward needs
