@@ -56,7 +56,7 @@ def _compare(case: Case, chunk_size: int | None, with_segments: bool = False, wi
 
 @pytest.mark.parametrize(("case", "chunk_size"), [
     (dataclasses.replace(SISO, b=2), 16),
-    (MIMO, 4),
+    (dataclasses.replace(MIMO, l=11), 4),
     (dataclasses.replace(MIMO, r=2, p=3, n=7, omega_per_head=False), 8),
     (dataclasses.replace(SISO, r=8, h=1, l=5), 2),
     (dataclasses.replace(SISO, h=4, g=2, norm=True, l=17), 16),
@@ -70,13 +70,15 @@ def test_matches_reference(case, chunk_size):
     _compare(case, chunk_size)
 
 
-@pytest.mark.parametrize(("case", "chunk_size"), [(SISO, 16), (MIMO, 4)], ids=["siso", "mimo"])
+@pytest.mark.parametrize(("case", "chunk_size"), [
+    (dataclasses.replace(SISO, h=1), 16), (dataclasses.replace(MIMO, h=1), 8),
+], ids=["siso", "mimo"])  # fmt: skip
 def test_documents(case, chunk_size):
     _compare(case, chunk_size, with_segments=True)
 
 
 def test_bare_from_the_zero_state():
-    _compare(dataclasses.replace(SISO, bare=True), 16, with_state=False)
+    _compare(dataclasses.replace(SISO, h=1, bare=True), 16, with_state=False)
 
 
 @pytest.mark.parametrize("with_segments", [False, True], ids=["whole", "packed"])
@@ -95,7 +97,7 @@ def test_lengths(length):
     _compare(dataclasses.replace(SISO, l=length, h=1, p=4, n=6, s=2), 32)
 
 
-@pytest.mark.parametrize(("rank", "chunk_size"), [(1, None), (1, 128), (4, None), (4, 32)])
+@pytest.mark.parametrize(("rank", "chunk_size"), [(1, None), (1, 128), (4, None)])
 def test_chunk_sizes(rank, chunk_size):
     _compare(dataclasses.replace(SISO, l=35, h=1, r=rank, p=4, n=6, s=2), chunk_size)
 
