@@ -140,6 +140,23 @@ def test_prepared_numbers(monkeypatch, case):
     assert np.asarray(angle).min() >= 0 and np.asarray(angle).max() < 2 * np.pi
 
 
+def test_gradients_are_those_of_the_triton_kernels(monkeypatch):
+    interpreter.use(monkeypatch)
+    args, state = _arguments(dataclasses.replace(CASE, l=9, h=1))
+
+    def loss(run):
+        def projected(args, state):
+            return sum(jnp.sum(v.astype(jnp.float32) ** 2) for v in jax.tree.leaves(run(args, state)))
+
+        return jax.jit(jax.value_and_grad(projected, argnums=(0, 1)))
+
+    def triton(args, state):
+        return mamba3_scan(**args, initial_state=state, return_state=True, implementation="triton")
+
+    actual, expected = (loss(run)(args, state) for run in (_scan, triton))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 @interpreted
 @pytest.mark.parametrize(("case", "segments"), [
     (CASE, 1),
