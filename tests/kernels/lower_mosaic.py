@@ -58,6 +58,7 @@ def main() -> None:
         "segments": calls(run, *rest),
         "vmap": calls(jax.vmap(run), *several),
         "gradient": calls(jax.grad(loss, argnums=(0, 1, 2)), *one_chunk),
+        "gradient under checkpoint": calls(jax.value_and_grad(jax.checkpoint(loss)), *one_chunk),
     }))  # fmt: skip
 
 

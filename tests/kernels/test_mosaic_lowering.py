@@ -26,3 +26,5 @@ def test_forward_and_gradient_lower():
     assert calls["one chunk"] == calls["vmap"] == prepare + output
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
     assert set(calls["gradient"]) == {"triton"}  # whose forward saves what the backward needs
+    # The first pass saves nothing.
+    assert calls["gradient under checkpoint"] == prepare + output + calls["gradient"]

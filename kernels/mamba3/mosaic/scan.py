@@ -101,7 +101,8 @@ def _scan_backward(plan: op.Plan, residuals, cotangents) -> tuple[op.Inputs]:
     return (gradients._replace(ssm=op.from_kernel_order(gradients.ssm, S)),)
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+# Under jax.checkpoint the first pass then runs the kernels here, and only the second those that save.
+_scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
 
 
 @jax.custom_batching.sequential_vmap
