@@ -182,7 +182,8 @@ def _why_not_mosaic(
 ) -> str | None:
     if mosaic_scan is None:
         return _NO_MOSAIC
-    return _no_triton_here() or mosaic_scan.unsupported(seq, weights, segment_ids, chunk_size)
+    # Its derivative runs on the Triton kernels.
+    return _why_not_triton(seq, chunk_size) or mosaic_scan.unsupported(seq, weights, segment_ids, chunk_size)
 
 
 def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 
 from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
 from m3jax.kernels.mamba3 import api
+from m3jax.kernels.mamba3.inputs import Sequence
 from tests.kernels.cases import Case, make, make_state
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,18 @@ def test_triton_scan_refuses(change, chunk_size, message, on_a_gpu):
         )
 
 
+def test_triton_refuses_what_its_offsets_cannot_reach():
+    scan = pytest.importorskip("m3jax.kernels.mamba3.triton.scan", exc_type=ImportError)
+
+    def inputs(batch):  # x of batch · 2^22 elements, at rank 4 four times as many
+        x = jax.ShapeDtypeStruct((batch, 1024, 64, 64), "bfloat16")
+        bc = jax.ShapeDtypeStruct((batch, 1024, 4, 1, 64), "bfloat16")
+        return Sequence(x, None, None, bc, bc, None, None, None)
+
+    assert scan.unsupported(inputs(127), None) is None
+    assert "2^31 elements" in scan.unsupported(inputs(128), None)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"r": 9}, "rank 9; the Triton step takes ranks up to 8"),
     ({"n": 512}, "n = 512, p = 8; the Triton step takes n up to 256"),
@@ -128,5 +141,5 @@ mamba3_scan(**make(Case(), "float32"), implementation="triton")
 
 
 def test_step_names_the_implementation():
-    with pytest.raises(ValueError, match="implementation = 'cuda'; expected None or one of mosaic, reference, triton, xla"):
+    with pytest.raises(ValueError, match="implementation = 'cuda'; expected None or one of mosaic, reference, triton"):
         mamba3_step(**_token(make(Case(), "float32")), state=make_state(Case(), "float32"), implementation="cuda")

@@ -43,9 +43,7 @@ class Inputs(NamedTuple):
 
     seq: Sequence
     weights: Weights
-    ssm: (
-        jax.Array
-    )  # [b, h, p, n], coordinates in the kernels' order, the half step due before the first token folded in
+    ssm: jax.Array  # [b, h, p, n], in the kernels' order, the half step due before the first token folded in
     phase: jax.Array  # [b, h, s], radians
     document: jax.Array | None  # int32, [b, l]
 
