@@ -95,6 +95,7 @@ def test_triton_refuses_what_its_offsets_cannot_reach():
 
     assert scan.unsupported(inputs(127), None) is None
     assert "2^31 elements" in scan.unsupported(inputs(128), None)
+    assert "the batch is 65536" in scan.unsupported(inputs(65536), None)
 
 
 @pytest.mark.parametrize(("change", "message"), [

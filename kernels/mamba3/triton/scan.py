@@ -10,6 +10,7 @@ from ..readout import per_rank, readout
 from ..rotary import TWO_PI, rotate, wrap_angle
 from ..state import Mamba3State
 from . import op
+from .launch import batch_too_large
 from .plans import choose_plan, too_large
 
 _MAX_WIDTH = 256  # of the state and of a head, padded to a power of two
@@ -27,7 +28,7 @@ def unsupported(seq: Sequence, chunk_size: int | None) -> str | None:
             return f"{name} has dtype {v.dtype}; the Triton kernels take float32, bfloat16 and float16"
     if n > _MAX_WIDTH or p > _MAX_WIDTH // 2:
         return f"n = {n}, p = {p}; the Triton kernels take n up to {_MAX_WIDTH} and p up to {_MAX_WIDTH // 2}"
-    reason = too_large(p, n)
+    reason = too_large(p, n) or batch_too_large(seq.x.shape[0])
     if reason is not None:
         return reason
     if rank & (rank - 1) or rank > 16:

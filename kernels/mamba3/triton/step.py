@@ -24,7 +24,7 @@ import triton.language as tl
 from .. import reference
 from ..inputs import Sequence, Weights
 from ..state import Mamba3State
-from .launch import launch
+from .launch import batch_too_large, launch
 from .pieces import sigmoid
 
 # As ../rotary.py: k · _TWO_PI_HIGH is exact, and the rest of 2π is subtracted apart.
@@ -299,7 +299,7 @@ def unsupported(token: Sequence, state: Mamba3State) -> str | None:
         return f"n = {n}, p = {p}; the Triton step takes n up to {_MAX_D_STATE} and p up to {_MAX_HEADDIM}"
     if rank > _MAX_RANK:
         return f"rank {rank}; the Triton step takes ranks up to {_MAX_RANK}"
-    return None
+    return batch_too_large(token.x.shape[0])
 
 
 @functools.partial(jax.jit, static_argnames=("norm_eps", "tiling"))
