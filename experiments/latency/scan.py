@@ -84,8 +84,11 @@ def check(scan: Callable, rank: int, length: int) -> dict[str, float]:
     args = make_inputs(2, length, rank, heads=4)
     cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
     y, gradients = jax.jit(forward_and_backward(scan))(args, cotangent)
+    # Without a gradient to come, another kernel may run.
+    alone = jax.jit(lambda a: scan(**a))(args)
     y_exact, gradients_exact = _exact(rank, length)
-    return _compare({"y": y} | gradients, {"y": y_exact} | gradients_exact, f"rank {rank}, length {length}")
+    values = {"y": y, "y alone": alone} | gradients
+    return _compare(values, {"y": y_exact, "y alone": y_exact} | gradients_exact, f"rank {rank}, length {length}")
 
 
 def check_forward(forward: Callable, length: int) -> dict[str, float]:
