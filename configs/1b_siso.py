@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
     config.model.n_layers = 24
     config.model.d_intermediate = 4096
     config.model.pad_vocab_multiple = 16  # as the released 1.5B models
+    config.model.remat = "dots"
+    config.model.scan_layers = False
     config.optimizer.learning_rate = 1e-3
     config.train.grad_accumulation = 32
+    config.train.loss_chunk = 4096
     return config

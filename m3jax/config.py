@@ -49,6 +49,7 @@ class ModelConfig:
     chunk_size: int | None = None  # None = the scan's own choice
     scan_implementation: str | None = None  # reference, xla or triton, of scan and step; None = the fastest here
     remat: str = "full"  # what the backward recomputes per layer: none, dots (all but matmuls) or full
+    scan_layers: bool = True  # one loop over the layers; False: none, for faster steps and longer compilation
 
     @property
     def d_inner(self) -> int:

@@ -1,4 +1,4 @@
-"""The language model: embedding, layers under one scan, final norm, head tied to the embedding."""
+"""The language model: embedding, layers stacked under one scan, final norm, head tied to the embedding."""
 
 import flax.linen as nn
 import jax
@@ -33,13 +33,15 @@ class LanguageModel(nn.Module):
         )
         block = Block
         if m.remat != "none":
-            block = nn.remat(Block, policy=_REMAT_POLICIES[m.remat], prevent_cse=False)  # inside a scan
+            # In a loop the compiler cannot undo recomputation by taking it for a common subexpression.
+            block = nn.remat(Block, policy=_REMAT_POLICIES[m.remat], prevent_cse=not m.scan_layers)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=m.n_layers,
+            unroll=1 if m.scan_layers else m.n_layers,
         )(m)
         self.norm = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype))
 

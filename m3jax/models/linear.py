@@ -1,28 +1,36 @@
 """Bias-free linear layers with the initialisation of the released code."""
 
+import itertools
 import math
 
 import flax.linen as nn
+import jax
 
 from m3jax.config import ModelConfig
 
 
-def linear(config: ModelConfig, features: int, name: str, closes_residual: bool = False) -> nn.Dense:
-    """A bias-free layer, weights U(±1/√fan_in); one that closes a residual branch starts smaller.
+class Linear(nn.Module):
+    """One weight "kernel" [in, sum(widths)], used as one product for each width.
 
-    Args:
-      config: supplies dtypes and, for `closes_residual`, the divisor √(residuals_per_layer · n_layers).
-      features: output width.
-      name: parameter name.
-      closes_residual: whether the output is added to the residual stream.
+    What follows takes the outputs apart anyway. Separate products spare copies of activations: slices of the output on
+    the way forward and, on the way back, the concatenation of its parts' gradients.
     """
-    gain = 1 / math.sqrt(config.residuals_per_layer * config.n_layers) if closes_residual else 1.0
-    return nn.Dense(
-        features,
-        use_bias=False,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
+
+    config: ModelConfig
+    widths: tuple[int, ...]
+    gain: float = 1.0  # weights start in U(±gain/√in)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """[..., in] → [..., width] for each width."""
         # variance_scaling's uniform bound is √(3 · scale / fan_in).
-        kernel_init=nn.initializers.variance_scaling(gain**2 / 3, "fan_in", "uniform"),
-        name=name,
-    )
+        init = nn.initializers.variance_scaling(self.gain**2 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (x.shape[-1], sum(self.widths)), self.config.param_dtype)
+        x, kernel = x.astype(self.config.dtype), kernel.astype(self.config.dtype)
+        ends = itertools.accumulate(self.widths)
+        return [x @ kernel[:, end - width : end] for width, end in zip(self.widths, ends, strict=True)]
+
+
+def closing_gain(config: ModelConfig) -> float:
+    """Of a layer whose output is added to the residual stream: 1/√(residuals_per_layer · n_layers)."""
+    return 1 / math.sqrt(config.residuals_per_layer * config.n_layers)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
 from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
-from m3jax.models.linear import linear
+from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import EPSILON, RMSNorm
 
 
@@ -57,14 +57,15 @@ class Mamba3Mixer(nn.Module):
             )  # fmt: skip
             state = None if state is None else new_state._replace(ssm=new_state.ssm.astype(m.state_dtype))
         y = y.reshape(*u.shape[:-1], m.d_inner)
-        return linear(m, m.d_model, "out_proj", closes_residual=True)(y), state
+        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)
+        return out, state
 
     def _coefficients(self, u: jax.Array) -> dict[str, jax.Array]:
         m = self.config
         heads, bc = m.n_heads, m.mimo_rank * m.ngroups * m.d_state
-        widths = [m.d_inner, m.d_inner, bc, bc, heads, heads, heads, m.n_angles]
-        parts = linear(m, sum(widths), "in_proj")(u)
-        z, x, b, c, dt, a, lam, theta = jnp.split(parts, [sum(widths[:i]) for i in range(1, len(widths))], axis=-1)
+        widths = [bc, bc, heads, heads, heads, m.n_angles]
+        z, x, rest = Linear(m, (m.d_inner, m.d_inner, sum(widths)), name="in_proj")(u)
+        b, c, dt, a, lam, theta = jnp.split(rest, [sum(widths[:i]) for i in range(1, len(widths))], axis=-1)
 
         lead = u.shape[:-1]
         accumulator = jnp.promote_types(m.dtype, jnp.float32)

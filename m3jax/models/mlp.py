@@ -2,10 +2,9 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.models.linear import linear
+from m3jax.models.linear import Linear, closing_gain
 
 
 class SwiGLU(nn.Module):
@@ -16,5 +15,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., d_model] → [..., d_model]."""
-        value, gate = jnp.split(linear(self.config, 2 * self.config.d_mlp, "fc1")(x), 2, axis=-1)
-        return linear(self.config, self.config.d_model, "fc2", closes_residual=True)(value * jax.nn.silu(gate))
+        m = self.config
+        value, gate = Linear(m, (m.d_mlp, m.d_mlp), name="fc1")(x)
+        (y,) = Linear(m, (m.d_model,), closing_gain(m), name="fc2")(value * jax.nn.silu(gate))
+        return y

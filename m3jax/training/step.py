@@ -54,8 +54,8 @@ def init_state(config: Config, model: LanguageModel) -> TrainState:
 def make_train_step(config: Config, model: LanguageModel, mesh: Mesh) -> Callable:
     """Builds the jitted `train_step(state, batch, proceed) -> (state, metrics)`; `state` is donated.
 
-    `proceed` [] bool gates the update. A non-finite loss, gradient or update leaves parameters, optimizer and average
-    as they were. metrics are float32 scalars on the device: loss, grad_norm, learning_rate, tokens (real targets);
+    `proceed` [] bool gates the update. A non-finite loss or gradient leaves parameters, optimizer and average as they
+    were. metrics are float32 scalars on the device: loss, grad_norm, learning_rate, tokens (real targets);
     `finite` [] bool; and `proceed` [] bool for the next call: unless train.nonfinite is skip, nothing is updated after
     a non-finite step until the host, which reads metrics one step late, has decided. The step counter then stands
     still too, so that the state is the one before the bad step.
@@ -77,8 +77,9 @@ def make_train_step(config: Config, model: LanguageModel, mesh: Mesh) -> Callabl
         if ema is not None:
             ema = jax.tree.map(lambda e, p: (decay * e + (1 - decay) * p).astype(e.dtype), ema, params)
 
+        # From finite moments and clipped finite gradients AdamW makes finite updates: they need no pass of their own.
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         apply = finite & proceed
         counted = jnp.asarray(True) if skip else apply
         old = (state.params, state.opt_state, state.ema)

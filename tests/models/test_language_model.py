@@ -29,19 +29,19 @@ def tiny():
     return _init(TINY)
 
 
-def test_remat_changes_no_gradient(tiny):
+def test_remat_and_loop_over_layers_change_no_gradient(tiny):
     _, params = tiny
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     @jax.grad
-    def gradient(params, remat):
-        model = LanguageModel(dataclasses.replace(TINY, remat=remat))
+    def gradient(params, remat, scan_layers):
+        model = LanguageModel(dataclasses.replace(TINY, remat=remat, scan_layers=scan_layers))
         return jnp.sum(jax.nn.log_softmax(model.apply({"params": params}, TOKENS))[..., 0])
 
-    expected, tolerance = gradient(params, "none"), tolerances.rounding("float32", TINY.d_inner)
-    for remat in ("dots", "full"):
-        compare = functools.partial(tolerances.assert_close, tolerance=tolerance, name=remat)
-        jax.tree.map(compare, gradient(params, remat), expected)
+    expected, tolerance = gradient(params, "none", True), tolerances.rounding("float32", TINY.d_inner)
+    for remat, scan_layers in (("dots", True), ("full", True), ("none", False), ("full", False)):
+        compare = functools.partial(tolerances.assert_close, tolerance=tolerance, name=f"{remat}, {scan_layers}")
+        jax.tree.map(compare, gradient(params, remat, scan_layers), expected)
 
 
 def test_packed_documents_do_not_see_each_other(tiny):
