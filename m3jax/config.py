@@ -27,6 +27,7 @@ class ModelConfig:
 
     vocab_size: int = 128256
     pad_vocab_multiple: int = 8  # the embedding has vocab_size rounded up to a multiple of this many rows
+    tie_embeddings: bool = True  # the head is the embedding; False: a weight of its own
     d_model: int = 768
     n_layers: int = 12
     d_intermediate: int = 1500  # SwiGLU width, rounded up to a multiple of 128; 0 = no MLP

@@ -3,12 +3,12 @@
 python experiments/latency/train_step.py --config configs/1b_mimo.py --batch-size 8 --json OUT [--profile]
 python experiments/latency/train_step.py --config configs/1b_mimo.py --largest-batch --steps 2 --warm-up 1 --json OUT
 
-`--batch-size` sequences make a step without accumulation; `--largest-batch` looks for the largest multiple of 8 that
-fits, by compiling alone, and then times it. Every step gets the same batch, at a small constant learning rate, so that
-the loss must fall from the first step on: a run in which it does not is rejected. The first steps are left out; the
-step time is the median of the rest, its spread their 10th and 90th percentile. `--profile` adds the device time of one
-step by part of the model; it switches XLA's command buffers off, inside which kernels lose their names, so take times
-from a run without it.
+`--batch-size` sequences make a step, without accumulation unless --config.train.grad_accumulation asks for it;
+`--largest-batch` looks for the largest multiple of 8 that fits, by compiling alone, and then times it. Every step gets
+the same batch, at a small constant learning rate, so that the loss must fall from the first step on: a run in which it
+does not is rejected. The first steps are left out; the step time is the median of the rest, its spread their 10th and
+90th percentile. `--profile` adds the device time of one step by part of the model; it switches XLA's command buffers
+off, inside which kernels lose their names, so take times from a run without it.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def measure(options: argparse.Namespace, overrides: dict) -> dict:
     """Compiles and runs the steps; returns the report."""
 
     def configured(batch_size: int) -> Config:
-        fixed = {"data.batch_size": batch_size, "train.grad_accumulation": 1}
-        return read_config(options.config, _LEARNING_RATE | overrides | fixed)
+        whole = {"train.grad_accumulation": 1}
+        return read_config(options.config, _LEARNING_RATE | whole | overrides | {"data.batch_size": batch_size})
 
     compiled = functools.cache(lambda batch_size: Step(configured(batch_size)))
     if not options.largest_batch:

@@ -18,6 +18,7 @@ from m3jax.config import ModelConfig, build_config
 from m3jax.errors import CheckpointError
 
 _WEIGHTS = "model.safetensors"
+_HEAD = "lm_head.weight"
 
 
 def is_released_checkpoint(path: Path) -> bool:
@@ -55,20 +56,18 @@ def model_config(released: dict[str, Any], a_activation: str, dtype: str) -> Mod
     """The `ModelConfig` of a released config.json.
 
     Raises:
-      CheckpointError: not a Mamba-3 model with tied embeddings, or a field is missing.
+      CheckpointError: not an attention-free Mamba-3 model, or a field is missing.
     """
     mixer = released.get("ssm_cfg", {})
     wanted = {"layer": mixer.get("layer") == "Mamba3", "attn_layer_idx": not released.get("attn_layer_idx")}
-    wanted["tie_embeddings"] = released.get("tie_embeddings", True)
     wrong = [name for name, fits in wanted.items() if not fits]
     if wrong:
-        raise CheckpointError(
-            f"config.json: unsupported {', '.join(wrong)}; only attention-free Mamba3 models with tied embeddings load."
-        )
+        raise CheckpointError(f"config.json: unsupported {', '.join(wrong)}; only attention-free Mamba3 models load.")
     try:
         model = {
             "vocab_size": released["vocab_size"],
             "pad_vocab_multiple": released.get("pad_vocab_size_multiple", 8),
+            "tie_embeddings": released.get("tie_embeddings", True),
             "d_model": released["d_model"],
             "n_layers": released["n_layer"],
             "d_intermediate": released["d_intermediate"],
@@ -97,7 +96,8 @@ def parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[s
     Raises:
       CheckpointError: lists every missing, unexpected or misshapen tensor.
     """
-    tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}  # tied to the embedding
+    if config.tie_embeddings:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != _HEAD}
     expected = _released_shapes(config)
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
     problems += [f"unexpected: {name} {tensors[name].shape}" for name in tensors if name not in expected]
@@ -109,7 +109,8 @@ def parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[s
     if problems:
         raise CheckpointError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
     layers = [_layer(tensors, f"backbone.layers.{i}.", config) for i in range(config.n_layers)]
-    return {
+    head = {} if config.tie_embeddings else {"head": tensors[_HEAD]}
+    return head | {
         "embedding": tensors["backbone.embedding.weight"],
         "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers),
         "norm": {"scale": tensors["backbone.norm_f.weight"]},
@@ -181,6 +182,8 @@ def _released_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer["norm2.weight"] = (d,)
         layer |= {"mlp.fc1.weight": (2 * config.d_mlp, d), "mlp.fc2.weight": (d, config.d_mlp)}
     shapes = {"backbone.embedding.weight": (config.padded_vocab_size, d), "backbone.norm_f.weight": (d,)}
+    if not config.tie_embeddings:
+        shapes[_HEAD] = (config.padded_vocab_size, d)
     return shapes | {
         f"backbone.layers.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()
     }

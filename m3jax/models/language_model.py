@@ -1,4 +1,4 @@
-"""The language model: embedding, layers stacked under one scan, final norm, head tied to the embedding."""
+"""The language model: embedding, layers stacked under one scan, final norm, head."""
 
 import flax.linen as nn
 import jax
@@ -28,9 +28,9 @@ class LanguageModel(nn.Module):
     def setup(self):
         """Builds the submodules."""
         m = self.config
-        self.embedding = self.param(
-            "embedding", nn.initializers.normal(0.02), (m.padded_vocab_size, m.d_model), m.param_dtype
-        )
+        table = nn.initializers.normal(0.02), (m.padded_vocab_size, m.d_model), m.param_dtype
+        self.embedding = self.param("embedding", *table)
+        self.head = self.embedding if m.tie_embeddings else self.param("head", *table)
         block = Block
         if m.remat != "none":
             # In a loop the compiler cannot undo recomputation by taking it for a common subexpression.
@@ -74,7 +74,7 @@ class LanguageModel(nn.Module):
         # XLA's CPU backend lacks some bfloat16 products with float32 results.
         operand = accumulator if jax.default_backend() == "cpu" else hidden.dtype
         return jnp.einsum(
-            "...d,vd->...v", hidden.astype(operand), self.embedding.astype(operand), preferred_element_type=accumulator
+            "...d,vd->...v", hidden.astype(operand), self.head.astype(operand), preferred_element_type=accumulator
         )
 
     def initial_state(self, batch: int) -> Mamba3State:

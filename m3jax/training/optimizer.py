@@ -13,7 +13,7 @@ from m3jax.config import OptimizerConfig
 
 PyTree = Any
 
-_DECAYED = ("kernel", "embedding")
+_DECAYED = ("kernel", "embedding", "head")
 _DECAYED_ON_REQUEST = ("b_bias", "c_bias", "mimo_x", "mimo_z", "mimo_o")
 
 

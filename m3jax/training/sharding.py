@@ -17,8 +17,8 @@ from m3jax.errors import ConfigError
 PyTree = Any
 
 BATCH_AXES = ("data", "fsdp")
-# The projections and the embedding hold nearly all of the memory; to gather the rest would cost more than it saves.
-_SHARDED = ("kernel", "embedding")
+# These hold nearly all of the memory; to gather the rest would cost more than it saves.
+_SHARDED = ("kernel", "embedding", "head")
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -45,7 +45,9 @@ def make_mesh(config: Config) -> Mesh:
 
 
 def state_shardings(abstract_state: PyTree, mesh: Mesh) -> PyTree:
-    """Chooses the sharding of each array: of a matrix the largest axis that fsdp divides, never the layers' axis.
+    """Chooses the sharding of each array: of a matrix the first axis that fsdp divides, never the layers' axis.
+
+    First means rows: columns of a projection's weight are taken apart, which across devices would be an exchange.
 
     Args:
       abstract_state: a tree of arrays or ShapeDtypeStructs (parameters, optimizer moments, averages, counters).
@@ -61,8 +63,7 @@ def state_shardings(abstract_state: PyTree, mesh: Mesh) -> PyTree:
         axes = [axis for axis in range(int("layers" in names), leaf.ndim) if leaf.shape[axis] % fsdp == 0]
         if fsdp == 1 or not axes or names[-1] not in _SHARDED:
             return NamedSharding(mesh, P())
-        axis = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, P(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
+        return NamedSharding(mesh, P(*(["fsdp" if i == axes[0] else None for i in range(leaf.ndim)])))
 
     return jax.tree_util.tree_map_with_path(choose, abstract_state)
 

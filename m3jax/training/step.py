@@ -114,7 +114,8 @@ def make_loss(config: Config, model: LanguageModel, mesh: Mesh) -> LossFunction:
 
     def loss(params: PyTree, batch: Batch) -> jax.Array:
         hidden = model.apply({"params": params}, batch["tokens"], batch["segment_ids"], method="hidden")
-        head = _at_least_float32(params["embedding"])  # so that its gradient is summed over devices in that type
+        head = params["embedding" if config.model.tie_embeddings else "head"]
+        head = _at_least_float32(head)  # so that its gradient is summed over devices in that type
         return local_sums(hidden, head, batch["targets"], batch["weights"]).sum()
 
     return loss

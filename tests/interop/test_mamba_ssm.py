@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from m3jax.errors import CheckpointError
 from m3jax.interop import mamba_ssm
+from m3jax.models.language_model import LanguageModel
+from tests.tolerances import assert_close, rounding
 
 _SISO = Path(__file__).parents[1] / "reference" / "A_siso"
 
@@ -43,7 +45,6 @@ def test_all_problems_are_listed(copy):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"ssm_cfg": {"layer": "Mamba2"}}, "unsupported layer"),
     ({"attn_layer_idx": [1]}, "unsupported attn_layer_idx"),
-    ({"tie_embeddings": False}, "unsupported tie_embeddings"),
 ])  # fmt: skip
 def test_other_models_are_refused(copy, changes, message):
     _edit_config(copy, **changes)
@@ -65,6 +66,22 @@ def test_truncated_file(copy):
     (copy / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match="Cannot read the checkpoint"):
         mamba_ssm.load(copy)
+
+
+def test_untied_head(copy):
+    _edit_config(copy, tie_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
+        mamba_ssm.load(copy)
+    tensors = load_file(copy / "model.safetensors")
+    head = np.random.default_rng(0).normal(size=tensors["backbone.embedding.weight"].shape).astype(np.float32)
+    save_file(tensors | {"lm_head.weight": head}, copy / "model.safetensors")
+    config, params = mamba_ssm.load(copy)
+    np.testing.assert_array_equal(params["head"], head)
+    tokens = np.arange(10)[None]
+    model = LanguageModel(config)
+    hidden = model.apply({"params": params}, tokens, method="hidden")
+    logits = model.apply({"params": params}, tokens)
+    assert_close(logits, hidden @ head.T, rounding("float32", config.d_model), "logits")
 
 
 def test_config_of_the_released_model():

@@ -14,14 +14,14 @@ from m3jax.training.step import init_params
 from tests.tolerances import assert_close, rounding
 from tests.training.conftest import SMALL
 
-MATRICES = {"embedding", "in_proj/kernel", "out_proj/kernel", "fc1/kernel", "fc2/kernel"}
+MATRICES = {"embedding", "head", "in_proj/kernel", "out_proj/kernel", "fc1/kernel", "fc2/kernel"}
 ON_REQUEST = {"b_bias", "c_bias", "mimo_x", "mimo_z", "mimo_o"}
 NEVER = {"dt_bias", "d", "mixer_norm/scale", "mlp_norm/scale", "b_norm/scale", "c_norm/scale", "norm/scale"}
 
 
 @pytest.mark.parametrize("on_request", [False, True])
 def test_decay_mask_by_name(on_request):
-    changes = {"mimo_rank": 2, "n_layers": 1}
+    changes = {"mimo_rank": 2, "n_layers": 1, "tie_embeddings": False}
     model = {key.split(".")[1]: value for key, value in SMALL.items() if key.startswith("model.")} | changes
     config = build_config({"model": model})
     mask = decay_mask(jax.eval_shape(lambda: init_params(config, LanguageModel(config.model))), on_request)

@@ -89,18 +89,20 @@ def test_only_matrices_are_divided_and_never_over_layers(small_config):
     config = small_config({"mesh.data": 1, "mesh.fsdp": 8, "model.n_layers": 8})
     shapes = {
         "layers": {
-            "in_proj": {"kernel": jax.ShapeDtypeStruct((8, 24, 64), jnp.float32)},  # 64: the largest that 8 divides
+            "in_proj": {"kernel": jax.ShapeDtypeStruct((8, 24, 64), jnp.float32)},
             "mimo_x": jax.ShapeDtypeStruct((8, 16, 4, 64), jnp.float32),
         },
         "embedding": jax.ShapeDtypeStruct((264, 32), jnp.float32),
         "odd": {"kernel": jax.ShapeDtypeStruct((99, 101), jnp.float32)},
+        "head": jax.ShapeDtypeStruct((99, 104), jnp.float32),
         "count": jax.ShapeDtypeStruct((), jnp.int32),
     }
     specs = jax.tree.map(lambda s: s.spec, state_shardings(shapes, make_mesh(config)))
     assert specs == {
-        "layers": {"in_proj": {"kernel": P(None, None, "fsdp")}, "mimo_x": P()},
+        "layers": {"in_proj": {"kernel": P(None, "fsdp", None)}, "mimo_x": P()},
         "embedding": P("fsdp", None),
         "odd": {"kernel": P()},
+        "head": P(None, "fsdp"),
         "count": P(),
     }
 
