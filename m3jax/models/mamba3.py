@@ -16,6 +16,7 @@ from m3jax.config import ModelConfig
 from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import EPSILON, RMSNorm
+from m3jax.models.own_rows import on_own_rows
 
 
 def heavy_tail(x: jax.Array) -> jax.Array:
@@ -51,10 +52,11 @@ class Mamba3Mixer(nn.Module):
         if u.ndim == 2:
             y, state = mamba3_step(**seq, state=state, **weights, **options)
         else:
-            y, new_state = mamba3_scan(
-                **seq, **weights, **options, chunk_size=m.chunk_size, segment_ids=segment_ids, initial_state=state,
-                return_state=True,
-            )  # fmt: skip
+
+            def scan(rows: dict, shared: dict) -> tuple[jax.Array, Mamba3State]:
+                return mamba3_scan(**rows, **shared, **options, chunk_size=m.chunk_size, return_state=True)
+
+            y, new_state = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": state}, weights)
             state = None if state is None else new_state._replace(ssm=new_state.ssm.astype(m.state_dtype))
         y = y.reshape(*u.shape[:-1], m.d_inner)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)

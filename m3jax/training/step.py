@@ -113,7 +113,8 @@ def make_loss(config: Config, model: LanguageModel, mesh: Mesh) -> LossFunction:
     local_sums = jax.shard_map(local_sum, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=rows, check_vma=False)
 
     def loss(params: PyTree, batch: Batch) -> jax.Array:
-        hidden = model.apply({"params": params}, batch["tokens"], batch["segment_ids"], method="hidden")
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            hidden = model.apply({"params": params}, batch["tokens"], batch["segment_ids"], method="hidden")
         head = params["embedding" if config.model.tie_embeddings else "head"]
         head = _at_least_float32(head)  # so that its gradient is summed over devices in that type
         return local_sums(hidden, head, batch["targets"], batch["weights"]).sum()

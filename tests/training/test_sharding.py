@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from m3jax.errors import ConfigError
+from m3jax.models import mamba3
 from m3jax.models.language_model import LanguageModel
 from m3jax.training.sharding import make_mesh, shard_batch, state_shardings
 from m3jax.training.step import init_state, make_train_step
@@ -73,12 +74,16 @@ def test_accumulation_on_a_mesh(small_config, one_device):
     assert_same_run(config, SmallModel(config.model), one_device)
 
 
-def test_mamba3_on_a_two_by_four_mesh_equals_one_device(small_config):
+def test_mamba3_on_a_two_by_four_mesh_equals_one_device(small_config, monkeypatch):
     changes = LARGE_EPS | {"model.mimo_rank": 2}
     config = small_config(changes)
     reference = train_three_steps(config, LanguageModel(config.model))
+    rows, scan = set(), mamba3.mamba3_scan
+    monkeypatch.setattr(mamba3, "mamba3_scan", lambda **args: rows.add(args["x"].shape[:2]) or scan(**args))
     config = small_config(changes | {"mesh.data": 2, "mesh.fsdp": 4})
     _, program = assert_same_run(config, LanguageModel(config.model), reference)
+    # The scan runs per device on its row of eight, as a kernel has to; (1, 2) is the initialisation.
+    assert rows == {(1, 2), (1, LENGTH)}
     # Parameters travel, activations do not: nothing is exchanged, and what is gathered are matrices.
     assert "all-to-all(" not in program and "collective-permute(" not in program
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", program)
