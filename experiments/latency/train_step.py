@@ -6,9 +6,10 @@ python experiments/latency/train_step.py --config configs/1b_mimo.py --largest-b
 `--batch-size` sequences make a step, without accumulation unless --config.train.grad_accumulation asks for it;
 `--largest-batch` looks for the largest multiple of 8 that fits, by compiling alone, and then times it. Every step gets
 the same batch, at a small constant learning rate, so that the loss must fall from the first step on: a run in which it
-does not is rejected. The first steps are left out; the step time is the median of the rest, its spread their 10th and
-90th percentile. `--profile` adds the device time of one step by part of the model; it switches XLA's command buffers
-off, inside which kernels lose their names, so take times from a run without it.
+does not is rejected. A step's time is that from the arrival of the loss before to its own; the first are left out, the
+median of the rest is reported and as its spread their 10th and 90th percentile. `--profile` adds the device time of
+one step by part of the model; it switches XLA's command buffers off, inside which kernels lose their names, so take
+times from a run without it.
 """
 
 import argparse
@@ -149,13 +150,16 @@ def time_steps(step: Step, options: argparse.Namespace) -> dict:
     """Runs the steps on one batch, all the same; returns the report."""
     config, compiled, go = step.config, step.compiled, jnp.asarray(True)
     state = jax.jit(lambda: init_state(config, step.model))()
-    times, losses = [], []
-    for _ in range(options.warm_up + options.steps):
-        batch = shard_batch(step.batch, step.mesh)
-        began = time.perf_counter()
-        state, metrics = compiled(state, batch, go)
-        losses.append(float(metrics["loss"]))
-        times.append(time.perf_counter() - began)
+    arrivals, losses, unread = [time.perf_counter()], [], collections.deque()
+    for i in range(options.warm_up + options.steps + 1):
+        # As in training: the next step is launched before a loss is read.
+        if i < options.warm_up + options.steps:
+            state, metrics = compiled(state, shard_batch(step.batch, step.mesh), go)
+            unread.append(metrics["loss"])
+        if i:
+            losses.append(float(unread.popleft()))
+            arrivals.append(time.perf_counter())
+    times = np.diff(arrivals)
     # Every step goes down the gradient of the batch that the next one is measured on.
     if not np.isfinite(losses).all() or not losses[-1] < losses[0]:
         raise AssertionError(f"The loss of a repeated batch does not fall: {losses}; its steps are not worth timing.")
