@@ -53,11 +53,15 @@ class Mamba3Mixer(nn.Module):
             y, state = mamba3_step(**seq, state=state, **weights, **options)
         else:
 
-            def scan(rows: dict, shared: dict) -> tuple[jax.Array, Mamba3State]:
-                return mamba3_scan(**rows, **shared, **options, chunk_size=m.chunk_size, return_state=True)
+            options |= {"chunk_size": m.chunk_size, "return_state": state is not None}
 
-            y, new_state = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": state}, weights)
-            state = None if state is None else new_state._replace(ssm=new_state.ssm.astype(m.state_dtype))
+            def scan(rows: dict, shared: dict) -> jax.Array | tuple[jax.Array, Mamba3State]:
+                return mamba3_scan(**rows, **shared, **options)
+
+            y = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": state}, weights)
+            if state is not None:
+                y, state = y
+                state = state._replace(ssm=state.ssm.astype(m.state_dtype))
         y = y.reshape(*u.shape[:-1], m.d_inner)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)
         return out, state
