@@ -78,9 +78,8 @@ def mamba3_scan(
         continues `initial_state`.
       chunk_size: positions per chunk of the chunked implementations; no influence on the result beyond rounding.
       implementation: "reference" (token by token), "xla" (chunked matrix products, any device), "triton" (kernels for
-        NVIDIA GPUs), "mosaic" (for Hopper GPUs and SISO; its backward is Triton's), or None for the fastest that can
-        run here.
-      return_state: also return the state after the last token.
+        NVIDIA GPUs), "mosaic" (for Hopper GPUs and SISO), or None for the fastest that can run here.
+      return_state: also return the state after the last token. Its gradient costs time even where it is 0.
 
     Returns:
       y [b, l, h, p] in x's dtype, or (y, Mamba3State).
@@ -96,12 +95,11 @@ def mamba3_scan(
     rank = b.shape[2]
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size}; expected at least 1.")
-    if initial_state is None:
-        initial_state = Mamba3State.zeros(
-            x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype
-        )
+    state = initial_state
+    if state is None:
+        state = Mamba3State.zeros(x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype)
     why_not = {
-        "mosaic": _why_not_mosaic(seq, weights, segment_ids, chunk_size),
+        "mosaic": _why_not_mosaic(seq, weights, chunk_size),
         "triton": _why_not_triton(seq, chunk_size),
     }
     if implementation is None:
@@ -117,10 +115,11 @@ def mamba3_scan(
         case "triton":
             run = functools.partial(triton_scan.scan, chunk_size)
         case "mosaic":
-            run = functools.partial(mosaic_scan.scan, chunk_size)
+            state = initial_state
+            run = functools.partial(mosaic_scan.scan, chunk_size, return_state=return_state)
         case _:
             raise _unknown(implementation)
-    y, state = run(seq, weights, initial_state, segment_ids, norm_eps)
+    y, state = run(seq, weights, state, segment_ids, norm_eps)
     return (y, state) if return_state else y
 
 
@@ -177,13 +176,10 @@ def mamba3_step(
     return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
 
 
-def _why_not_mosaic(
-    seq: Sequence, weights: Weights, segment_ids: jax.Array | None, chunk_size: int | None
-) -> str | None:
+def _why_not_mosaic(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
     if mosaic_scan is None:
         return _NO_MOSAIC
-    # Its derivative runs on the Triton kernels.
-    return _why_not_triton(seq, chunk_size) or mosaic_scan.unsupported(seq, weights, segment_ids, chunk_size)
+    return mosaic_scan.unsupported(seq, weights, chunk_size)
 
 
 def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:

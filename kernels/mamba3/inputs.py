@@ -33,6 +33,16 @@ class Weights(NamedTuple):
     norm_weight: jax.Array | None  # [h, p]
 
 
+class Inputs(NamedTuple):
+    """What the kernels read; letters as in `mamba3_scan`, dt, a, lam and omega in float32."""
+
+    seq: Sequence
+    weights: Weights
+    ssm: jax.Array | None  # H before the first token, [b, h, p, n], the half step due to the one before it folded in
+    phase: jax.Array  # before the first token, [b, h, s], radians
+    document: jax.Array | None  # int32, [b, l], other than before where one begins; Triton's: numbers from 0 up
+
+
 def accumulator_dtype(x: jax.Array) -> jnp.dtype:
     """float64 for float64 inputs, else float32."""
     return jnp.promote_types(x.dtype, jnp.float32)

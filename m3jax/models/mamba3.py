@@ -52,7 +52,6 @@ class Mamba3Mixer(nn.Module):
         if u.ndim == 2:
             y, state = mamba3_step(**seq, state=state, **weights, **options)
         else:
-
             options |= {"chunk_size": m.chunk_size, "return_state": state is not None}
 
             def scan(rows: dict, shared: dict) -> jax.Array | tuple[jax.Array, Mamba3State]:

@@ -1,4 +1,4 @@
-"""Lowers the Mosaic GPU scan for a GPU that need not be there: forward, its derivative, and under vmap.
+"""Lowers the Mosaic GPU scan for a GPU that need not be there: forward and gradient, also under vmap and checkpoint.
 
 Run as a process of its own: the suite runs Triton in its interpreter. Prints the names of the custom calls of each.
 """
@@ -34,8 +34,8 @@ def arguments(length: int) -> tuple[Sequence, Weights, Mamba3State]:
     return seq, Weights(bias, bias, None, None, None, shape(HEADS), None), state
 
 
-def run(seq: Sequence, weights: Weights, state: Mamba3State):
-    return scan.scan(None, seq, weights, state, None, 1e-5)
+def run(seq: Sequence, weights: Weights, state: Mamba3State, documents: jax.Array | None = None):
+    return scan.scan(None, seq, weights, state, documents, 1e-5)
 
 
 def loss(*args) -> jax.Array:
@@ -56,8 +56,11 @@ def main() -> None:
     print(json.dumps({
         "one chunk": calls(run, *one_chunk),
         "segments": calls(run, *rest),
+        "documents": calls(run, *one_chunk, shape(BATCH, 64, dtype=jnp.int32)),
         "vmap": calls(jax.vmap(run), *several),
         "gradient": calls(jax.grad(loss, argnums=(0, 1, 2)), *one_chunk),
+        "gradient of segments": calls(jax.grad(loss), *rest, shape(BATCH, 200, dtype=jnp.int32)),
+        "gradient under vmap": calls(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))), *several),
         "gradient under checkpoint": calls(jax.value_and_grad(jax.checkpoint(loss)), *one_chunk),
     }))  # fmt: skip
 

@@ -1,18 +1,24 @@
-"""Runs the Mosaic GPU kernels on a CPU, in JAX's interpreter for them, which needs one thing added.
+"""Runs the Mosaic GPU kernels on a CPU, in JAX's interpreter for them, which needs two things added.
 
 Its warpgroups block threads of the CPU client, of which there must be enough: set NPROC=16 PJRT_NPROC=16.
 """
 
+import functools
 import inspect
 import textwrap
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
+from jax._src import effects
+from jax._src.callback import OrderedIOEffect
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from m3jax.kernels.mamba3.mosaic import scan
+from m3jax.kernels.mamba3.mosaic import backward, scan
 from tests.kernels import interpreter
 
+INTERPRET = plgpu.InterpretGPUParams()
+# The interpreter's callbacks have to happen in order, which functions with derivatives of their own refuse to know of.
+effects.custom_derivatives_allowed_effects.add_type(OrderedIOEffect)
 _READ_A = "a, _, _ = shared_memory"
 _READ_B = "b, _, _ = shared_memory"
 _KEY = "a_allocation_key = HostAllocationKey.from_array(a_allocation_key_as_array)"
@@ -43,5 +49,7 @@ def use(monkeypatch, segments: int) -> None:
     monkeypatch.setattr(gpu_callbacks, "wgmma", _with_operands_in_registers())
     monkeypatch.setattr(scan, "launch", interpreter.launch)
     monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
-    forward = scan.forward_in_segments
-    monkeypatch.setattr(scan, "forward", lambda inputs: forward(inputs, segments, plgpu.InterpretGPUParams()))
+    how = {"segments": segments, "interpret": INTERPRET}
+    monkeypatch.setattr(scan, "forward", functools.partial(scan.forward_in_segments, **how))
+    monkeypatch.setattr(scan, "forward_saving", functools.partial(scan.forward_in_segments, save=True, **how))
+    monkeypatch.setattr(scan, "backward_kernels", functools.partial(backward.kernels, **how))

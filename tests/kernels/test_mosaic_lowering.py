@@ -23,8 +23,10 @@ def test_forward_and_gradient_lower():
     assert done.returncode == 0, done.stderr[-4000:]
     calls = {name: [call.partition("_")[0] for call in made] for name, made in json.loads(done.stdout).items()}
     prepare, output = ["triton"] * 2, ["mosaic"]
-    assert calls["one chunk"] == calls["vmap"] == prepare + output
+    assert calls["one chunk"] == calls["documents"] == calls["vmap"] == prepare + output
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
-    assert set(calls["gradient"]) == {"triton"}  # whose forward saves what the backward needs
+    backward = ["mosaic"] * 2  # the gradients of H, then the others
+    assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward
+    assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward
     # The first pass saves nothing.
     assert calls["gradient under checkpoint"] == prepare + output + calls["gradient"]

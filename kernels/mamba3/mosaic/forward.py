@@ -15,6 +15,7 @@ then issues both products that follow from it.
 Shared memory is used without automatic barriers. The warpgroup meets at three points of a chunk:
   A  Rotated B is in `rot`, scaled X in `scaled`, and H in `narrow_h` since the chunk before. Every warp has read the
      raw B, C and ω, and y of the chunk before has left `gate`: the next raw tiles and this chunk's z may arrive.
+     If H is saved, it has left `narrow_h`.
   B  Every warp's products with `narrow_h` are done: it may change.
   C  Every warp's products with `rot`, `scaled` and X are done: they may change, and X and the coefficients of two
      chunks ahead may arrive, as those of this chunk have been read. The new H is in `narrow_h`, and y in `gate`, where
@@ -66,16 +67,28 @@ class Prepared(NamedTuple):
     starts: jax.Array  # phase before the chunk, [b, h, chunks, S] float32, radians
 
 
+class Operands(NamedTuple):
+    """What the main kernels read besides; l is a whole number of chunks."""
+
+    x: jax.Array  # [b, l, h, P] bfloat16, as z
+    z: jax.Array
+    b: jax.Array  # [b, l, g, N] bfloat16, as c
+    c: jax.Array
+    b_bias: jax.Array  # [h, 1, N] float32, as c_bias
+    c_bias: jax.Array
+    d: jax.Array  # [h] float32
+
+
 _PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 _GRID = ("batch", "segment", "head")
 
 
 def output_pass(
     x: jax.Array, z: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
-    b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, ssm: jax.Array,
-    before: tuple[jax.Array, jax.Array] | None, *, segments: int, interpret=None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """y and H after the last token.
+    b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, ssm: jax.Array | None,
+    before: tuple[jax.Array, jax.Array] | None, *, segments: int, save: bool = False, interpret=None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
 
     Args:
       x: [b, l, h, P] bfloat16, as z; l is a whole number of chunks.
@@ -86,9 +99,10 @@ def output_pass(
       b_bias: [h, 1, N] float32.
       c_bias: likewise.
       d: [h] float32.
-      ssm: H before the first token, [b, h, P, N] float32.
+      ssm: H before the first token, [b, h, P, N] float32; None = zeros.
       before: what `state_pass` returns, if there are several segments.
       segments: of the sequence; all but the last have equally many chunks.
+      save: whether to return H before every chunk, as the products read it.
       interpret: parameters of the interpreter, if it is to run the kernel.
     """
     batch, length, heads, _ = x.shape
@@ -97,11 +111,16 @@ def output_pass(
     simulated = interpret is not None
 
     def body(*refs):
-        (x_ref, z_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, c_bias_ref, d_ref, ssm_ref,
+        (x_ref, z_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, c_bias_ref, d_ref,
          *refs) = refs  # fmt: skip
+        if ssm is not None:
+            ssm_ref, *refs = refs
         if segments > 1:
             added_ref, decay_ref, *refs = refs
-        (y_ref, last_ref, wide, small, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
+        y_ref, last_ref, *refs = refs
+        if save:
+            saved_ref, *refs = refs
+        (wide, small, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
          x_here, z_here, coefficients_here, bias_here) = refs  # fmt: skip
         raw_b, raw_c = wide.at[0], wide.at[1]
         index, segment, head = (lax.axis_index(name) for name in _GRID)
@@ -132,7 +151,10 @@ def output_pass(
         get_x(0, 0)
         pl.when(count > 1)(lambda: get_x(1, 1))
 
-        state = plgpu.load(ssm_ref.at[index, head], layout=WG, optimized=False)
+        if ssm is None:
+            state = plgpu.layout_cast(jnp.zeros((P, N), jnp.float32), WG)
+        else:
+            state = plgpu.load(ssm_ref.at[index, head], layout=WG, optimized=False)
         if segments > 1:
 
             def take(k, state):
@@ -154,6 +176,8 @@ def output_pass(
             zero = opaque_zero(simulated)
             rot, narrow_h = wide.at[2 + zero], wide.at[3 + zero]
             scaled, rate, gate = small.at[3 + zero], small.at[4 + zero], small.at[2 + zero]
+            if save:
+                plgpu.copy_smem_to_gmem(narrow_h, saved_ref.at[index, head, first + ci])
             here, x_tile = both_coefficients.at[slot], small.at[slot]
             row, column = iotas()
             plgpu.barrier_wait(coefficients_here.at[slot])
@@ -215,9 +239,12 @@ def output_pass(
 
         plgpu.wait_smem_to_gmem(0)
 
+    out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32)]
+    if save:
+        out_type.append(jax.ShapeDtypeStruct((batch, heads, chunks, P, N), x.dtype))
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(ssm.shape, ssm.dtype)),
+        out_type=tuple(out_type),
         scratch_types=[
             tile(4, T, N), tile(5, T, P),  # raw B and C, rotated B, H; X twice, z and y, scaled X, ω
             plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
@@ -228,7 +255,7 @@ def output_pass(
         ],
         grid=(batch, segments, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=_PARAMETERS,
-    )(x, z, b, c, *prepared, b_bias, c_bias, d, ssm, *(before or ()))  # fmt: skip
+    )(x, z, b, c, *prepared, b_bias, c_bias, d, *(() if ssm is None else (ssm,)), *(before or ()))  # fmt: skip
 
 
 def state_pass(

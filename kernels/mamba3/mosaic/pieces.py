@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 
 T, N, P, S = 64, 128, 64, 32  # chunk, state width, head width, angles
 HALF = N // 2  # of the state's coordinates: the first rotates, the second does not
@@ -135,6 +135,130 @@ def mixing(coefficients, row: jax.Array, column: jax.Array, from_start: jax.Arra
     return jnp.exp2(_causal_exponent(row, column, below, diagonal, simulated))
 
 
+def strictly_below(v: jax.Array, row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
+    """float32 [T, T]: v where i > j, else -inf."""
+    if simulated:
+        return jnp.where(row > column, v, -jnp.inf)
+
+    @plgpu.inline_mgpu(arg_types=(WG,) * 3, return_type=plgpu.ShapeDtypeStruct((T, T), jnp.float32, layout=WG))
+    def inline(ctx, v, row, column):
+        f32 = ir.F32Type.get()
+        below = _Below(row, column)
+        never = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        out = np.empty_like(v.registers)
+        for index, register in np.ndenumerate(v.registers):
+            pair = [vector.extract(register, [], [element]) for element in range(2)]
+            pair = [arith.select(below(index, element, 1), one, never) for element, one in enumerate(pair)]
+            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
+        return type(v)(_registers=out, _layout=v.layout, _is_signed=None)
+
+    return inline(v, row, column)
+
+
+def put_on_diagonal(v: jax.Array, diagonal: jax.Array, row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
+    """float32 [T, T]: v, but where i = j, diagonal_i; v must be 0 there and above."""
+    diagonal = rows(diagonal, T)
+    if simulated:
+        return jnp.where(row == column, diagonal, v)
+
+    @plgpu.inline_mgpu(arg_types=(WG,) * 4, return_type=plgpu.ShapeDtypeStruct((T, T), jnp.float32, layout=WG))
+    def inline(ctx, v, diagonal, row, column):
+        f32 = ir.F32Type.get()
+        equal = _Below(row, column, arith.CmpIPredicate.eq)
+        out = np.empty_like(v.registers)
+        for index, register in np.ndenumerate(v.registers):
+            pair = [
+                arith.select(equal(index, element, 0), *(vector.extract(r, [], [element]) for r in (own, register)))
+                for element, own in enumerate([diagonal.registers[index]] * 2)
+            ]
+            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
+        return type(v)(_registers=out, _layout=v.layout, _is_signed=None)
+
+    return inline(v, diagonal, row, column)
+
+
+def pick(v: jax.Array, row: jax.Array, column: jax.Array, offset: int, simulated: bool) -> jax.Array:
+    """Of row i of v, float32 [T, T], the element in column (i + offset) mod T; offset is a multiple of 8."""
+    if simulated:
+        return jnp.sum(jnp.where(column == lax.rem(row + offset, T), v, 0.0), axis=1)
+
+    @plgpu.inline_mgpu(arg_types=(WG,) * 3, return_type=plgpu.ShapeDtypeStruct((T,), jnp.float32, layout=ROW))
+    def inline(ctx, v, row, column):
+        assert v.registers.shape[:5] == (1, T // 8, 1, 1, 2) and v.registers.size == T // 4, v.registers.shape
+        layout = v.layout.reduce((1,))
+        out = np.empty(layout.registers_shape((T,)), object)
+        first, column = (vector.extract(r.registers.flat[0], [], [0]) for r in (row, column))
+        warp, in_eight = arith.shrui(first, _int(4)), arith.andi(first, _int(7))
+        odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(first, _int(1)), _int(0))
+        of_warp = [arith.cmpi(arith.CmpIPredicate.eq, warp, _int(k)) for k in range(3)]
+        # Four threads share eight columns; of a row's, the one with column i mod 8 has it.
+        lane = arith.addi(arith.muli(in_eight, _int(4)), arith.shrui(in_eight, _int(1)))
+        for half, (place, _) in enumerate(np.ndenumerate(out)):
+            picked = None
+            for k in reversed(range(4)):
+                register = v.registers[(0, (2 * k + half + offset // 8) % (T // 8), 0, 0, half)].flat[0]
+                picked = register if picked is None else arith.select(of_warp[k], register, picked)
+            one = arith.select(odd, *(vector.extract(picked, [], [element]) for element in (1, 0)))
+            one = nvvm.shfl_sync(_int(-1), one, lane, _int(31), nvvm.ShflKind.idx)
+            out[place] = vector.from_elements(ir.VectorType.get((1,), ir.F32Type.get()), [one])
+        return type(v)(_registers=out, _layout=layout, _is_signed=None)
+
+    return inline(v, row, column)
+
+
+def stash(ref, v: jax.Array, simulated: bool) -> None:
+    """float32 [64, w] to shared memory of that shape, in an order that only `unstash` understands.
+
+    Every thread gets back its own numbers, or a thread of another warpgroup those of its like.
+    """
+    if simulated:
+        ref[...] = v
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG))
+    def inline(ctx, ref, array):
+        pairs = [(vector.extract(r, [], [0]), vector.extract(r, [], [1])) for r in array.registers.flat]
+        four = ir.VectorType.get((4,), ir.F32Type.get())
+        for first, second, at in zip(pairs[::2], pairs[1::2], _places(ref), strict=True):
+            llvm.store(vector.from_elements(four, [*first, *second]), at, alignment=16)
+
+    inline(ref, v)
+
+
+def unstash(ref, simulated: bool) -> jax.Array:
+    """What `stash` put there."""
+    if simulated:
+        return load_tile(ref)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=WG)
+    )
+    def inline(ctx, ref):
+        f32 = ir.F32Type.get()
+        two, four = (ir.VectorType.get((n,), f32) for n in (2, 4))
+        registers = []
+        for at in _places(ref):
+            numbers = llvm.load(four, at, alignment=16)
+            numbers = [vector.extract(numbers, [], [k]) for k in range(4)]
+            registers += [vector.from_elements(two, numbers[:2]), vector.from_elements(two, numbers[2:])]
+        layout = WG.to_mgpu()
+        shape = layout.registers_shape(tuple(ir.MemRefType(ref.type).shape))
+        out = np.empty(shape, object)
+        out.flat = registers
+        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+    return inline(ref)
+
+
+def _places(ref) -> list[ir.Value]:
+    """Addresses of this thread's fours of numbers in shared memory: of neighbouring threads, neighbouring ones."""
+    size = math.prod(ir.MemRefType(ref.type).shape)
+    i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.F32Type.get())
+    thread = arith.andi(arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x)), _int(127))
+    base = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [thread], four)
+    return [mgpu.utils.getelementptr(base, [first], four) for first in range(0, size // 4, 128)]
+
+
 def publish(simulated: bool) -> None:
     """Makes this thread's stores to shared memory visible to copies and products; a barrier has to follow."""
     if simulated:
@@ -181,36 +305,50 @@ def _int(value: int) -> ir.Value:
 
 
 class _Below:
-    """Whether i - j ≥ bound at an element of a [T, T] array, compared once per distinct bound of a thread.
+    """Whether i - j ≥ bound (or = bound) at an element of a [T, T] array, compared once per distinct bound of a thread.
 
     A thread's registers are [1, k, 1, 1, r, ...]: column block of 8, half of 16 rows; each holds two columns.
     """
 
-    def __init__(self, row, column):
+    def __init__(self, row, column, predicate=arith.CmpIPredicate.sge):
         assert row.registers.shape[:5] == (1, T // 8, 1, 1, 2) and row.registers.size == T // 4, row.registers.shape
         first = [vector.extract(v.registers.flat[0], [], [0]) for v in (row, column)]
         self._difference = arith.subi(*first)  # of this thread's first element
+        self._predicate = predicate
         self._made = {}
 
     def __call__(self, index: tuple[int, ...], element: int, bound: int) -> ir.Value:
         bound += 8 * index[1] + element - 8 * index[4]
         if bound not in self._made:
-            self._made[bound] = arith.cmpi(arith.CmpIPredicate.sge, self._difference, _int(bound))
+            self._made[bound] = arith.cmpi(self._predicate, self._difference, _int(bound))
         return self._made[bound]
+
+
+def anticausal_ones(row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
+    """bfloat16 [T, T]: 1 where i ≤ j, else 0."""
+    if simulated:
+        return jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16)
+    return _ones(row, column, (0, 0x3F800000, 0x3F803F80), 1)
 
 
 def _causal_ones(row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
     """bfloat16 [T, T]: 1 where i ≥ j, else 0."""
     if simulated:
         return jnp.where(row >= column, 1.0, 0.0).astype(jnp.bfloat16)
+    return _ones(row, column, (0x3F803F80, 0x3F80, 0), 0)
+
+
+def _ones(row: jax.Array, column: jax.Array, pairs: tuple[int, int, int], bound: int) -> jax.Array:
+    """bfloat16 [T, T]; pairs: bits of (i, j) and (i, j + 1) where i - j ≥ bound at both, at the first, at neither."""
 
     @plgpu.inline_mgpu(arg_types=(WG, WG), return_type=plgpu.ShapeDtypeStruct((T, T), jnp.bfloat16, layout=WG))
     def inline(ctx, row, column):
         below = _Below(row, column)
-        none, first, both = (_int(v) for v in (0, 0x3F80, 0x3F803F80))
+        both, first, neither = (_int(v) for v in pairs)
         out = np.empty_like(row.registers)
         for index, _ in np.ndenumerate(row.registers):
-            bits = arith.select(below(index, 1, 0), both, arith.select(below(index, 0, 0), first, none))
+            bits = arith.select(below(index, 0, bound), first, neither)
+            bits = arith.select(below(index, 1, bound), both, bits)
             bits = vector.from_elements(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), [bits])
             out[index] = vector.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), bits)
         return type(row)(_registers=out, _layout=row.layout, _is_signed=None)

@@ -2,6 +2,11 @@
 
 Phases are the scan's only sums over the whole sequence. They are int32 fractions of a turn, 2^32 to one turn: sums wrap
 by themselves and are exact in any order.
+
+Documents need nothing else of the main kernels: at the first token of one the state decays by 2^-200, so that nothing
+crosses in float32, and the last token gets no half step of the next. Phases run on, as only differences within a
+document count. Every boundary adds 200 to |L|, and float32 then holds L_i - L_j to 2^-24 of that: ten in a chunk cost
+2^-13 of a weight, less than bfloat16 does.
 """
 
 import triton
@@ -10,6 +15,10 @@ import triton.language as tl
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # 2 to the power of anything lower is 0 in float32, and bounded terms keep running sums accurate.
 _MIN_LOG2_DECAY = tl.constexpr(-152.0)
+# Of a document's first token. 2^-200 times s or γ is still 0.
+_LOG2_DECAY_BETWEEN_DOCUMENTS = tl.constexpr(-200.0)
+# Never 0, so that its gradient can be found by dividing by it.
+_LEAST_SCALE = tl.constexpr(1e-20)
 # 1 / 2π in two parts; the first has few enough bits for the second to repair its rounding.
 _TURNS_HIGH = tl.constexpr(0.15917968750)
 _TURNS_LOW = tl.constexpr(-2.4744408106e-05)
@@ -35,15 +44,17 @@ def _high_part(v):
 
 @triton.jit
 def coefficients(
-    dt_ptr, a_ptr, lam_ptr, omega_ptr, length,
+    dt_ptr, a_ptr, lam_ptr, omega_ptr, doc_ptr, length,
     coefficient_ptr, rate_ptr, step_ptr,
     H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    HAS_DOC: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of a chunk of T positions for HEADS heads, [b, h, chunks, ROWS, T], and what else needs Δ or ω.
 
     Rows: L in powers of two; L - log2 s; log2 γ; Δ in two parts that bfloat16 holds; 2^(L_end - L) s. Positions beyond
     the length get Δ = 0. Also ω in two parts of bfloat16, [b, l, 2S], and by how much the chunk turns each phase,
-    [b, h, chunks, S]. dt, a and lam are [b, l, h], omega [b, l, S]; PART positions are turned at a time.
+    [b, h, chunks, S]. dt, a and lam are [b, l, h], omega [b, l, S], doc (int32, if HAS_DOC) [b, l]; PART positions are
+    turned at a time.
     """
     chunk = tl.program_id(0)
     block = tl.program_id(1)
@@ -63,9 +74,19 @@ def coefficients(
     next_dt = tl.load(dt_ptr + at + H, mask=next_mask, other=0.0)
     next_lam = tl.load(lam_ptr + at + H, mask=next_mask, other=0.0)
 
-    decay = tl.cumsum(tl.maximum(dt * a * _LOG2_E, _MIN_LOG2_DECAY), 0)
+    decay = tl.maximum(dt * a * _LOG2_E, _MIN_LOG2_DECAY)
+    half_step = (1.0 - next_lam) * next_dt
+    if HAS_DOC:
+        doc_at = doc_ptr + batch * length + t
+        doc = tl.load(doc_at, mask=t < length, other=0)
+        begins = doc != tl.load(doc_at - 1, mask=(t > 0) & (t < length), other=0)
+        ends = doc != tl.load(doc_at + 1, mask=t + 1 < length, other=0)
+        # A sequence's first token is no beginning, as a state may enter. The half step after its last one is 0 anyway.
+        decay = tl.where((begins & (t > 0))[:, None], _LOG2_DECAY_BETWEEN_DOCUMENTS, decay)
+        half_step = tl.where(ends[:, None], 0.0, half_step)
+    decay = tl.cumsum(decay, 0)
     gamma = lam * dt
-    scale = gamma + (1.0 - next_lam) * next_dt
+    scale = tl.maximum(gamma + half_step, _LEAST_SCALE)
     to_end = tl.exp2(tl.min(decay, 0)[None, :] - decay) * scale  # terms are ≤ 0: the last sum is the least
     high = _high_part(dt)
 
@@ -74,7 +95,7 @@ def coefficients(
     out = coefficient_ptr + base[None, :] + position[:, None]
     mask = here[None, :] & (position < T)[:, None]
     tl.store(out, decay, mask=mask)
-    tl.store(out + T, decay - tl.log2(scale), mask=mask)  # +inf where s = 0
+    tl.store(out + T, decay - tl.log2(scale), mask=mask)
     tl.store(out + 2 * T, tl.log2(gamma), mask=mask)
     tl.store(out + 3 * T, high, mask=mask)
     tl.store(out + 4 * T, dt - high, mask=mask)

@@ -1,7 +1,4 @@
-"""The Mosaic GPU implementation behind `mamba3_scan`: what it can take, what runs when, and its two ends in JAX.
-
-For Hopper and SISO, forward only: derivatives are those of the Triton implementation, which then runs forward too.
-"""
+"""The Mosaic GPU implementation behind `mamba3_scan`, for Hopper and SISO: what it takes, what runs when, its ends."""
 
 import functools
 import math
@@ -9,13 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..ends import entering_ssm, leaving_state
-from ..inputs import Sequence, Weights
+from ..cotangents import combine
+from ..ends import entering_ssm, leaving_state, number_documents, start_at_last_document
+from ..inputs import Inputs, Sequence, Weights
 from ..state import Mamba3State
-from ..triton import op
-from ..triton.launch import launch
-from ..triton.plans import choose_plan
-from .forward import Prepared, output_pass, state_pass
+from ..triton.launch import batch_too_large, launch
+from . import backward
+from .forward import Operands, Prepared, output_pass, state_pass
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
 
@@ -25,11 +22,12 @@ _PROGRAMS = 264  # two to each multiprocessor of a large Hopper GPU
 # Of the kernels in prepare.py: heads of a program, positions of a tile of phases, chunks of a tile of their sums.
 _HEADS, _PART, _CHUNKS = 8, 8, 64
 _OPERANDS = ("x", "b", "c", "z")
+_MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
 
 
-def unsupported(seq: Sequence, weights: Weights, segment_ids: jax.Array | None, chunk_size: int | None) -> str | None:
+def unsupported(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
     """Why the kernels cannot take these inputs, or run here; None if they can."""
-    return _unsupported_here() or _unsupported_inputs(seq, weights, segment_ids, chunk_size)
+    return _unsupported_here() or _unsupported_inputs(seq, weights, chunk_size)
 
 
 def _unsupported_here() -> str | None:
@@ -41,9 +39,7 @@ def _unsupported_here() -> str | None:
     return None
 
 
-def _unsupported_inputs(
-    seq: Sequence, weights: Weights, segment_ids: jax.Array | None, chunk_size: int | None
-) -> str | None:
+def _unsupported_inputs(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
     rank, _, n = seq.b.shape[2:]
     p, s = seq.x.shape[-1], seq.omega.shape[-1]
     if seq.z is None:
@@ -59,60 +55,88 @@ def _unsupported_inputs(
         return "omega differs between heads; the Mosaic GPU kernels take one for all"
     if weights.norm_weight is not None:
         return "norm_weight is given; the Mosaic GPU kernels have no norm before the gate"
-    if segment_ids is not None:
-        return "segment_ids is given; the Mosaic GPU kernels take one document"
     if chunk_size not in (None, T):
         return f"chunk_size = {chunk_size}; the Mosaic GPU kernels take {T}"
-    return None
+    batch, _, heads, _ = seq.x.shape
+    if max(seq.x.size, seq.b.size, batch * heads * P * N) >= _MAX_ELEMENTS:
+        return "x, b or the state has 2^31 elements or more; the Mosaic GPU kernels take fewer: split the batch"
+    return batch_too_large(batch)
 
 
 def scan(
     chunk_size: int | None,
     seq: Sequence,
     weights: Weights,
-    state: Mamba3State,
+    state: Mamba3State | None,
     segment_ids: jax.Array | None,
     norm_eps: float,
-) -> tuple[jax.Array, Mamba3State]:
-    """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to."""
-    del segment_ids, norm_eps
+    return_state: bool = True,
+) -> tuple[jax.Array, Mamba3State | None]:
+    """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to.
+
+    None instead of a state that is zero spares reading it. Without `return_state` the state that is returned is None,
+    and the backward need not look at its gradient.
+    """
+    del chunk_size, norm_eps
     acc = jnp.float32
     seq = seq._replace(**{name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")})
-    inputs = op.Inputs(seq, weights, entering_ssm(seq, weights, state, acc), state.angle.astype(acc), None)
-    y, ssm, angle = _scan(choose_plan(seq, chunk_size), inputs)
+    ssm = None if state is None else entering_ssm(seq, weights, state, acc)
+    if state is None:
+        state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), N, 1, S, seq.x.dtype)
+    document = None if segment_ids is None else segment_ids.astype(jnp.int32)
+    y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
+    if not return_state:
+        return y, None
+    if segment_ids is not None:
+        ssm, angle = start_at_last_document(ssm, angle, seq, state, number_documents(segment_ids))
     return y, leaving_state(angle, ssm, seq, weights, acc)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan: op.Plan, inputs: op.Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """y, H and the phase after the last token; `plan` is for the derivative, H not in its kernels' order."""
-    del plan
-    return forward(inputs)
+def _scan(return_state: bool, inputs: Inputs) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """y, and if wanted H and the phase after the last token."""
+    y, ssm, angle = forward(inputs)
+    return (y, ssm, angle) if return_state else (y, None, None)
 
 
-def _scan_forward(plan: op.Plan, inputs: op.Inputs):
-    (y, ssm, angle), residuals = op._scan_forward(plan, inputs._replace(ssm=op.to_kernel_order(inputs.ssm, S)))
-    return (y, op.from_kernel_order(ssm, S), angle), residuals
+def _scan_forward(return_state: bool, inputs: Inputs):
+    y, ssm, angle, prepared, chunk_ssm = forward_saving(inputs)
+    if not return_state:
+        ssm, angle = None, None
+    return (y, ssm, angle), (inputs, prepared, chunk_ssm, ssm)
 
 
-def _scan_backward(plan: op.Plan, residuals, cotangents) -> tuple[op.Inputs]:
+def _scan_backward(return_state: bool, residuals, cotangents) -> tuple[Inputs]:
+    del return_state
+    inputs, prepared, chunk_ssm, ssm = residuals
     dy, dssm, dangle = cotangents
-    (gradients,) = op._scan_backward(plan, residuals, (dy, op.to_kernel_order(dssm, S), dangle))
-    return (gradients._replace(ssm=op.from_kernel_order(gradients.ssm, S)),)
+    found, first_grad = backward_kernels(operands(inputs), prepared, chunk_ssm, in_chunks(dy), dssm)
+    return (combine(inputs, backward.parts(inputs, prepared, found, first_grad, ssm, dssm), T, dangle),)
 
 
-# Under jax.checkpoint the first pass then runs the kernels here, and only the second those that save.
+# Under jax.checkpoint the first pass then saves nothing.
 _scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
 
 
 @jax.custom_batching.sequential_vmap
-def forward(inputs: op.Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+def forward(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y [b, l, h, p], and H [b, h, p, n] and the phase in radians [b, h, s] after the last token; not differentiable.
 
-    `inputs` as for the Triton kernels, but H with its coordinates in the order of B's. Under vmap the launches follow
-    one another.
+    Under vmap the launches follow one another.
     """
     return forward_in_segments(inputs, choose_segments(*inputs.seq.x.shape[:3]))
+
+
+@jax.custom_batching.sequential_vmap
+def forward_saving(inputs: Inputs) -> tuple:
+    """`forward`, and what the backward needs of it: `Prepared`, and H before every chunk."""
+    return forward_in_segments(inputs, choose_segments(*inputs.seq.x.shape[:3]), save=True)
+
+
+@jax.custom_batching.sequential_vmap
+def backward_kernels(given: Operands, prepared: Prepared, chunk_ssm, dy, dssm) -> tuple[backward.Gradients, jax.Array]:
+    """`backward.kernels`, one launch after another under vmap."""
+    return backward.kernels(given, prepared, chunk_ssm, dy, dssm, segments=choose_segments(*dy.shape[:3]))
 
 
 def choose_segments(batch: int, length: int, heads: int) -> int:
@@ -122,42 +146,56 @@ def choose_segments(batch: int, length: int, heads: int) -> int:
     return math.ceil(chunks / math.ceil(chunks / wanted))
 
 
-def forward_in_segments(inputs: op.Inputs, segments: int, interpret=None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`forward` with a given number of segments; `interpret`: parameters of the interpreter, if it is to run them."""
-    seq, weights = inputs.seq, inputs.weights
-    length, heads = seq.x.shape[1:3]
-    prepared, angle = prepare(inputs)
-    padding = -length % T  # Δ = 0 there: it changes no state
+def forward_in_segments(inputs: Inputs, segments: int, save: bool = False, interpret=None) -> tuple:
+    """`forward` with a given number of segments.
 
-    def padded(v: jax.Array) -> jax.Array:
-        return jnp.pad(v, ((0, 0), (0, padding)) + ((0, 0),) * (v.ndim - 2)) if padding else v
+    `save` adds `Prepared` and H before every chunk. `interpret`: parameters of the interpreter, if it is to run them.
+    """
+    prepared, angle = prepare(inputs)
+    x, z, b, c, b_bias, c_bias, d = operands(inputs)
+    how = {"segments": segments, "interpret": interpret}
+    before = state_pass(x, b, prepared, b_bias, **how) if segments > 1 else None
+    y, ssm, *saved = output_pass(x, z, b, c, prepared, b_bias, c_bias, d, inputs.ssm, before, save=save, **how)
+    return y[:, : inputs.seq.x.shape[1]], ssm, angle, *((prepared, *saved) if save else ())
+
+
+def operands(inputs: Inputs) -> Operands:
+    """With whole chunks of positions: Δ = 0 in those beyond the length, so that they change no state."""
+    seq, weights = inputs.seq, inputs.weights
+    heads = seq.x.shape[2]
 
     def weight(v: jax.Array | None, *shape: int) -> jax.Array:
         return jnp.zeros(shape, jnp.float32) if v is None else v.astype(jnp.float32)
 
-    x, z, b, c = padded(seq.x), padded(seq.z), padded(seq.b[:, :, 0]), padded(seq.c[:, :, 0])
-    b_bias, c_bias = weight(weights.b_bias, heads, 1, N), weight(weights.c_bias, heads, 1, N)
-    how = {"segments": segments, "interpret": interpret}
-    before = state_pass(x, b, prepared, b_bias, **how) if segments > 1 else None
-    y, ssm = output_pass(x, z, b, c, prepared, b_bias, c_bias, weight(weights.d, heads), inputs.ssm, before, **how)
-    return y[:, :length], ssm, angle
+    return Operands(
+        *(in_chunks(v) for v in (seq.x, seq.z, seq.b[:, :, 0], seq.c[:, :, 0])),
+        weight(weights.b_bias, heads, 1, N), weight(weights.c_bias, heads, 1, N), weight(weights.d, heads),
+    )  # fmt: skip
 
 
-def prepare(inputs: op.Inputs) -> tuple[Prepared, jax.Array]:
-    """What the kernels need of every chunk, and the phase after the last token; see prepare.py."""
+def in_chunks(v: jax.Array) -> jax.Array:
+    """[b, l, ...] with zeros up to a whole number of chunks."""
+    padding = -v.shape[1] % T
+    return jnp.pad(v, ((0, 0), (0, padding)) + ((0, 0),) * (v.ndim - 2)) if padding else v
+
+
+def prepare(inputs: Inputs, positions: int = T) -> tuple[Prepared, jax.Array]:
+    """What the kernels need of every chunk of `positions`, and the phase after the last token; see prepare.py."""
     dt, a, lam, omega = (getattr(inputs.seq, name) for name in ("dt", "a", "lam", "omega"))
     batch, length, heads = dt.shape
-    chunks = math.ceil(length / T)
+    chunks = math.ceil(length / positions)
+    document = jnp.zeros((1,), jnp.int32) if inputs.document is None else inputs.document
 
     def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *axes), dtype)
 
     coefs, rates, steps = launch(
-        coefficients, [dt, a, lam, omega], {"length": length},
-        [shape(heads, chunks, COEFFICIENTS, T), shape(chunks * T, 2 * S, dtype=jnp.bfloat16),
+        coefficients, [dt, a, lam, omega, document], {"length": length},
+        [shape(heads, chunks, COEFFICIENTS, positions), shape(chunks * positions, 2 * S, dtype=jnp.bfloat16),
          shape(heads, chunks, S, dtype=jnp.int32)],
         (chunks, math.ceil(heads / _HEADS), batch), 4,
-        {"H": heads, "S": S, "T": T, "HEADS": _HEADS, "ROWS": COEFFICIENTS, "PART": _PART},
+        {"H": heads, "S": S, "T": positions, "HEADS": _HEADS, "ROWS": COEFFICIENTS, "PART": _PART,
+         "HAS_DOC": inputs.document is not None},
     )  # fmt: skip
     starts, angle = launch(
         phases, [inputs.phase, steps], {"chunks": chunks}, [shape(heads, chunks, S), shape(heads, S)],

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..inputs import Sequence, Weights
+from ..cotangents import Parts, combine, phase_flow
+from ..inputs import Inputs
 from ..readout import readout
 from ..rotary import TWO_PI
 from .backward import flows, key_gradients, state_gradients, value_gradients
@@ -36,16 +37,6 @@ class Plan(NamedTuple):
     key_heads: int  # that one program sums the gradients of B and C over
     key_warps: int
     row_output: bool = False  # y of every rank instead of their sum
-
-
-class Inputs(NamedTuple):
-    """What the kernels read; letters as in `mamba3_scan`, dt, a, lam and omega in float32."""
-
-    seq: Sequence
-    weights: Weights
-    ssm: jax.Array  # [b, h, p, n], in the kernels' order, the half step due before the first token folded in
-    phase: jax.Array  # [b, h, s], radians
-    document: jax.Array | None  # int32, [b, l]
 
 
 class Prepared(NamedTuple):
@@ -90,11 +81,14 @@ def _scan_backward(plan: Plan, residuals, cotangents) -> tuple[Inputs]:
     dy, dssm, dphase = cotangents
     g, dz, dmimo_z, dmimo_o = _gate_gradients(plan, inputs, y_rows, dy)
     chunk_grad, first_grad = _state_gradients(plan, inputs, prepared, g, dssm)
-    parts = {"z": dz, "mimo_z": dmimo_z, "mimo_o": dmimo_o}
-    parts |= _flows(plan, inputs, ssm, dssm, chunk_ssm, chunk_grad)
-    parts |= _value_gradients(plan, inputs, prepared, y_rows, chunk_grad, g)
-    parts |= _key_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, g)
-    return (_combine(plan, inputs, parts, first_grad, dphase),)
+    found = _flows(plan, inputs, ssm, dssm, chunk_ssm, chunk_grad)
+    found |= _value_gradients(plan, inputs, prepared, y_rows, chunk_grad, g)
+    found |= _key_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, g)
+    weights = {name: found.pop(name) for name in ("b_bias", "c_bias", "mimo_x", "d")}
+    weights = inputs.weights._replace(**weights, mimo_z=dmimo_z, mimo_o=dmimo_o)
+    start_flow = phase_flow(first_grad, inputs.ssm, inputs.phase.shape[-1], paired=True)
+    parts = Parts(z=dz, weights=weights, ssm=first_grad, start_flow=start_flow, **found)
+    return (combine(inputs, parts, plan.positions, dphase),)
 
 
 # Under jax.checkpoint the first pass then saves nothing, and runs the faster forward.
@@ -258,24 +252,19 @@ def _flows(plan: Plan, inputs: Inputs, ssm, dssm, chunk_ssm, chunk_grad) -> dict
     """What a step of the decay, [b, h, chunks], or of a phase, [b, h, chunks, s], does beyond its chunk through H."""
     batch, heads, chunks = chunk_ssm.shape[:3]
     s = inputs.phase.shape[-1]
-    decay_flow = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
-    phase_flow = _phase_flow(dssm, ssm, s)[:, :, None]
+    flow = {
+        "decay_flow": jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None],
+        "phase_flow": phase_flow(dssm, ssm, s, paired=True)[:, :, None],
+    }
     if chunks > 1:
-        decays, phases = _run(
+        before = _run(
             flows, [chunk_ssm, chunk_grad], {"length": inputs.seq.x.shape[1]},
-            [_shape(batch, heads, chunks), _shape(batch, heads, chunks, s) if s else None],
+            [_shape(batch, heads, chunks), _shape(batch, heads, chunks, max(s, 1))],
             (chunks - 1, heads, batch), 4, _constants(plan, inputs),
         )  # fmt: skip
-        decay_flow = jnp.concatenate([decays[:, :, :-1], decay_flow], axis=2)
-        if s:
-            phase_flow = jnp.concatenate([phases[:, :, :-1], phase_flow], axis=2)
-    return {"decay_flow": decay_flow, "phase_flow": phase_flow}
-
-
-def _phase_flow(grad: jax.Array, ssm: jax.Array, s: int) -> jax.Array:
-    """Derivative with respect to turning H by each phase: [b, h, p, n] twice → [b, h, s]."""
-    grad, ssm = (v[..., : 2 * s].reshape(*v.shape[:-1], s, 2) for v in (grad, ssm))
-    return jnp.sum(grad[..., 1] * ssm[..., 0] - grad[..., 0] * ssm[..., 1], axis=-2)
+        flow["decay_flow"] = jnp.concatenate([before[0][:, :, :-1], flow["decay_flow"]], axis=2)
+        flow["phase_flow"] = jnp.concatenate([before[1][:, :, :-1, :s], flow["phase_flow"]], axis=2)
+    return flow
 
 
 def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, y_rows, chunk_grad, g) -> dict[str, jax.Array]:
@@ -297,18 +286,19 @@ def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, y_rows, chu
     given += [*prepared[1:], chunk_grad, g]
     arrays = _run(value_gradients, given, {"length": length}, list(out.values()), (chunks, heads, batch),
                   plan.value_warps, _constants(plan, inputs))  # fmt: skip
-    return dict(zip(out, arrays, strict=True))
+    found = dict(zip(out, arrays, strict=True))
+    return found | {name: None if out[name] is None else found[name].sum(axis=(0, 1)) for name in ("d", "mimo_x")}
 
 
 def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, g) -> dict[str, jax.Array]:
     """Gradients of B, C and their biases, and the phase's parts of those of Δ and ω."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, _ = seq.x.shape
-    rank, groups, n = seq.b.shape[2:]
+    rank, _, n = seq.b.shape[2:]
     s = seq.omega.shape[-1]
     chunks, blocks = math.ceil(length / plan.positions), heads // plan.key_heads
     domega_shape = seq.omega.shape if seq.omega.ndim == 4 else (blocks, *seq.omega.shape)
-    parts = {}
+    parts = {"omega": None, "turn": None}
     for name, own, other, own_bias, other_bias, states in (
         ("b", seq.b, seq.c, weights.b_bias, weights.c_bias, chunk_grad),
         ("c", seq.c, seq.b, weights.c_bias, weights.b_bias, chunk_ssm),
@@ -324,70 +314,9 @@ def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, ch
             (chunks, blocks, batch), plan.key_warps,
             _constants(plan, inputs) | has_biases | {"OF_B": name == "b"},
         )  # fmt: skip
-        parts[name] = down.reshape(groups, -1, *down.shape[1:]).sum(axis=1)
+        parts[name] = down
         parts[f"{name}_bias"] = None if own_bias is None else dbias.sum(axis=(0, 1))
         if s:
-            parts["omega"] = domega if "omega" not in parts else parts["omega"] + domega
-            parts["turn"] = dturn if "turn" not in parts else parts["turn"] + dturn
+            parts["omega"] = domega if parts["omega"] is None else parts["omega"] + domega
+            parts["turn"] = dturn if parts["turn"] is None else parts["turn"] + dturn
     return parts
-
-
-def _combine(plan: Plan, inputs: Inputs, parts: dict, first_grad, dphase) -> Inputs:
-    """Gradients of the inputs from their parts."""
-    seq, weights = inputs.seq, inputs.weights
-    batch, length, heads = seq.dt.shape
-    s = seq.omega.shape[-1]
-    chunks = math.ceil(length / plan.positions)
-
-    def by_position(v: jax.Array) -> jax.Array:  # [b, h, chunks, ...] → [b, h, l, ...]
-        return jnp.repeat(v, plan.positions, axis=2)[:, :, :length]
-
-    def transposed(v: jax.Array) -> jax.Array:  # [b, h, l] → [b, l, h]
-        return jnp.swapaxes(v, 1, 2)
-
-    ddecay = transposed(parts["decay"] + by_position(parts["decay_flow"]))
-    dscale, dgamma = transposed(parts["scale"]), transposed(parts["gamma"])
-    half_step = dscale[:, :-1]
-    if inputs.document is not None:
-        half_step = jnp.where((inputs.document[:, 1:] == inputs.document[:, :-1])[..., None], half_step, 0)
-    half_step = jnp.pad(half_step, ((0, 0), (1, 0), (0, 0)))
-    ddt = seq.a * ddecay + seq.lam * (dscale + dgamma) + (1 - seq.lam) * half_step
-    dlam = seq.dt * (dscale + dgamma - half_step)
-    domega, dstart = jnp.zeros_like(seq.omega), jnp.zeros_like(inputs.phase)
-    if s:
-        # H after the last token turns with every phase before it; H before the first with none.
-        last_flow = parts["phase_flow"][:, :, -1] + dphase  # [b, h, s]
-        beyond = last_flow[:, :, None] - parts["phase_flow"]  # [b, h, chunks, s]
-        dstart = last_flow - _phase_flow(first_grad, inputs.ssm, s)
-        pad = chunks * plan.positions - length
-        dt = jnp.pad(seq.dt, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, plan.positions, heads)
-        ddt += transposed(parts["turn"])
-        if seq.omega.ndim == 4:
-            step = jnp.swapaxes(by_position(beyond), 1, 2)  # [b, l, h, s]
-            domega = parts["omega"] + step * seq.dt[..., None]
-            ddt += jnp.sum(step * seq.omega, axis=-1)
-        else:
-            omega = jnp.pad(seq.omega, ((0, 0), (0, pad), (0, 0))).reshape(batch, chunks, plan.positions, s)
-            exact = jax.lax.Precision.HIGHEST
-            step = jnp.einsum("bmth,bhms->bmts", dt, beyond, precision=exact).reshape(batch, -1, s)
-            domega = parts["omega"].sum(axis=0) + step[:, :length]
-            turned = jnp.einsum("bmts,bhms->bmth", omega, beyond, precision=exact).reshape(batch, -1, heads)
-            ddt += turned[:, :length]
-
-    def ungrouped(v: jax.Array) -> jax.Array:  # [g, b, l, r, n] → [b, l, r, g, n]
-        return jnp.moveaxis(v, 0, 3).astype(seq.b.dtype)
-
-    def summed(name: str) -> jax.Array | None:
-        weight = getattr(weights, name)
-        if weight is None:
-            return None
-        total = parts[name].sum(axis=(0, 1)) if name in ("d", "mimo_x") else parts[name]
-        return total.astype(weight.dtype)
-
-    dseq = Sequence(
-        x=parts["x"], dt=ddt, a=seq.dt * ddecay, b=ungrouped(parts["b"]), c=ungrouped(parts["c"]), lam=dlam,
-        omega=domega, z=None if seq.z is None else parts["z"],
-    )  # fmt: skip
-    dweights = Weights(**{name: summed(name) for name in Weights._fields if name != "norm_weight"}, norm_weight=None)
-    document = None if inputs.document is None else jnp.zeros(inputs.document.shape, jax.dtypes.float0)
-    return Inputs(seq=dseq, weights=dweights, ssm=first_grad, phase=dstart, document=document)

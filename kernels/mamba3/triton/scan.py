@@ -3,11 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from ..ends import entering_ssm, leaving_state, number_documents
+from ..ends import entering_ssm, leaving_state, number_documents, start_at_last_document
 from ..inputs import Sequence, Weights
-from ..phases import reduce_turns, sum_turns
 from ..readout import per_rank, readout
-from ..rotary import TWO_PI, rotate, wrap_angle
 from ..state import Mamba3State
 from . import op
 from .launch import batch_too_large
@@ -71,10 +69,7 @@ def scan(
         y = _normed(y, seq, weights, norm_eps)
     ssm = op.from_kernel_order(ssm, s)
     if document is not None:
-        # The kernels let the phase run on through documents, which does not show in y; the state's starts at the last.
-        own_angle = _last_document_angle(seq, state, document)
-        ssm = rotate(ssm, (own_angle - angle)[:, :, None, :])
-        angle = own_angle
+        ssm, angle = start_at_last_document(ssm, angle, seq, state, document)
     return y.astype(dtype), leaving_state(angle, ssm, seq, weights, acc)._replace(x=seq.x[:, -1].astype(dtype))
 
 
@@ -90,13 +85,3 @@ def _normed(y: jax.Array, seq: Sequence, weights: Weights, norm_eps: float) -> j
         y.astype(jnp.float32), x, seq.z, expand(weights.d, 1, 1), expand(weights.mimo_z, rank, p),
         expand(weights.mimo_o, rank, p), expand(weights.norm_weight, 1, p), norm_eps,
     )  # fmt: skip
-
-
-def _last_document_angle(seq: Sequence, state: Mamba3State, document: jax.Array) -> jax.Array:
-    """The phase after the last token, which starts from 0 at its document (or from the state's, in the first)."""
-    last = document == document[:, -1:]  # [b, l]
-    omega = seq.omega if seq.omega.ndim == 4 else seq.omega[:, :, None, :]
-    steps = reduce_turns(jnp.swapaxes(seq.dt[..., None] * omega / TWO_PI, 1, 2))[:, :, None]  # [b, h, 1, l, s]
-    turns = sum_turns(steps, last[:, None, None, :])[:, :, 0, 0]
-    start = jnp.where((document[:, -1] == 0)[:, None, None], state.angle.astype(jnp.float32), 0)
-    return wrap_angle(turns * TWO_PI + start)

@@ -1,0 +1,452 @@
+"""Hopper kernel of the SISO backward scan's gradients: chunks in parallel, two warpgroups to a program.
+
+Notation as in forward.py; H enters the chunk, G is the gradient of H after it, H' what enters the next one. A program
+has one chunk and walks a block of heads. Per head, with g = dy ⊙ silu(z), M without its diagonal (0 there) and w_j =
+2^(L_end - L_j) s_j:
+
+    weights = C Bᵀ ⊙ M             y = 2^L ⊙ (C Hᵀ) + weights X + κ ⊙ X       κ_i = D + γ_i C_i·B_i
+    dS = g Xᵀ ⊙ (M + diag(γ))      dX = w ⊙ (B Gᵀ) + weightsᵀ g + κ ⊙ g
+    dC = dS B + (2^L ⊙ g) H        dB = dSᵀ C + (w ⊙ X) G                     both still rotated
+    dφ = <dC, J C> + <dB, J B>     of every pair and position, at the B and C that the products read
+
+Turned back, dB and dC are added up over the heads of the block, as are dω's parts.
+
+The warpgroup SCORES rotates B and C, finds weights and dS, and has dC and the sums of dφ. The warpgroup VALUES has g,
+y, dz, dX and dB, and starts every copy. They share memory without automatic barriers, and wait for one another at:
+  free    Both are done with the head before, whose dφ is in `weights`: SCORES writes rotated B and C, cos and sin.
+  ready   They are written (SCORES), so are g, in place of dy, and dy silu'(z), in place of z (VALUES).
+  mixed   Weights, dS and C_i·B_i are written. SCORES has read g, X and the coefficients.
+  scored  SCORES is done with H, G, H' and rotated B, and has written its part of dφ.
+  valued  The products of VALUES have read rotated C: SCORES stages dC there, for the sums of its rows.
+Before one of these every thread publishes (a fence) what copies or products are to read. Within a warpgroup a thread
+overwrites at once what it alone has read, and after the warpgroup has met what its products have read. What arrives
+from global memory has its own barrier.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .forward import Prepared
+from .pieces import (
+    COEFFICIENTS,
+    DECAY,
+    HALF,
+    OTHER,
+    OWN,
+    STEP_HIGH,
+    STEP_LOW,
+    TO_END,
+    WG,
+    N,
+    P,
+    S,
+    T,
+    accumulate,
+    anticausal_ones,
+    cols,
+    iotas,
+    load_cols,
+    load_rows,
+    load_tile,
+    meet,
+    opaque_zero,
+    pick,
+    publish,
+    put_on_diagonal,
+    rows,
+    stash,
+    strictly_below,
+    tile,
+    turn,
+    turning,
+    unstash,
+    widen,
+)  # fmt: skip
+
+_PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+_GRID = ("batch", "block", "chunk")
+_SCORES, _VALUES = range(2)
+_PART = 16  # columns
+# Rows of what depends on the head alone, float32 [N] each.
+B_BIAS, C_BIAS, SKIP = range(3)
+# Rows of what is written per position and head, float32 [T] each: g·x; C·B; <H', G> and the phases' part, by
+# coordinate; what L_i scales as a query and as a key; the phase's part of Δ's gradient.
+VECTORS = 7
+OVERLAP, SCORE, FLOW, TURNED_FLOW, QUERY, KEY, TURN = range(VECTORS)
+
+
+class Gradients(NamedTuple):
+    """What the kernel writes."""
+
+    x: jax.Array  # [b, l, h, P] bfloat16
+    z: jax.Array  # likewise
+    b: jax.Array  # [blocks, b, l, N] float32
+    c: jax.Array  # likewise
+    biases: jax.Array  # of B and C, [b, chunks, h, 2, N] float32
+    vectors: jax.Array  # [b, h, chunks, VECTORS, T] float32
+    omega: jax.Array  # [blocks, b, l, S] float32
+
+
+def gradients(
+    x: jax.Array, z: jax.Array, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
+    b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array,
+    *, block: int, interpret=None,
+) -> Gradients:  # fmt: skip
+    """All gradients of a scan but those that need sums over chunks.
+
+    Args:
+      x: [b, l, h, P] bfloat16, as z and dy; l is a whole number of chunks.
+      z: the gate.
+      dy: gradient of the gated y.
+      b: B, [b, l, g, N] bfloat16.
+      c: C likewise.
+      prepared: from prepare.py.
+      b_bias: [h, 1, N] float32.
+      c_bias: likewise.
+      d: [h] float32.
+      chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
+      chunk_grad: gradient of H after every chunk, likewise.
+      block: heads of a program, a divisor of h / g.
+      interpret: parameters of the interpreter, if it is to run the kernel.
+    """
+    batch, length, heads, _ = x.shape
+    chunks, per_group = length // T, heads // b.shape[2]
+    blocks = heads // block
+    simulated = interpret is not None
+    skip = jnp.broadcast_to(d[:, None, None], b_bias.shape)
+    constants = jnp.concatenate([b_bias, c_bias, skip], axis=1)  # [h, 3, N]
+
+    def body(*refs):
+        (x_ref, z_ref, dy_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, constant_ref, ssm_ref, grad_ref,
+         dx_ref, dz_ref, db_ref, dc_ref, dbias_ref, vector_ref, domega_ref,
+         raw, wide, both_x, both_z, both_g, small, turns, phase,
+         both_coefficients, both_starts, both_constants, score,
+         raw_here, x_here, small_here, states_here, free, ready, mixed, scored, valued) = refs  # fmt: skip
+        index, block_index, ci = (lax.axis_index(name) for name in _GRID)
+        warpgroup = lax.axis_index("warpgroup")
+        span = pl.ds(ci * T, T)
+
+        def buffers():
+            # Addresses of products must not look constant: the compiler would find all before the loop and keep them in
+            # registers, of which there are too few.
+            zero = opaque_zero(simulated)
+            return [ref.at[k + zero] for ref, count in ((wide, 5), (small, 4)) for k in range(count)]
+
+        @pl.when(warpgroup == _SCORES)
+        def _():
+            plgpu.barrier_arrive(free)
+            plgpu.barrier_wait(raw_here)
+            row, column = iotas()
+
+            def phase_sums(acc, k, step, domega, rate):
+                """Adds head k's part to dω, and writes that of Δ: from dφ, two parts of which are in `weights`."""
+                q = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+                q = q[:, :S] + q[:, S:]
+                omega = widen(load_tile(rate), simulated)
+                vector_ref[index, block_index * block + k, ci, TURN] = jnp.sum(
+                    q * (omega[:, :S] + omega[:, S:]), axis=1
+                )
+                return domega + rows(step, S) * q
+
+            def step_of(k):
+                here = both_coefficients.at[lax.rem(k, 2)]
+                return load_rows(here.at[STEP_HIGH]) + load_rows(here.at[STEP_LOW])
+
+            def one(k, carry):
+                total, domega = carry
+                rot_b, rot_c, ssm, grad, following, weights, dscores, rate, ones = buffers()
+                slot = lax.rem(k, 2)
+                head = block_index * block + k
+                here, x_tile, g_tile = both_coefficients.at[slot], both_x.at[slot], both_g.at[slot]
+                constant = both_constants.at[slot]
+                vectors = vector_ref.at[index, head, ci]
+                plgpu.barrier_wait(small_here.at[slot])
+
+                def rest(which):
+                    bias = load_cols(constant.at[which, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
+                    return load_tile(raw.at[which, :, pl.ds(HALF, HALF)]) + cols(bias, T)
+
+                cos, sin, rests = turn(here, both_starts.at[slot], rate, row, column,
+                                       lambda: [rest(which) for which in range(2)], simulated)  # fmt: skip
+                turned = [
+                    turning(raw.at[which], constant.at[pl.ds(which, 1)], cos, sin, simulated) for which in range(2)
+                ]
+                before = jnp.maximum(k - 1, 0)  # for the first, sums of the zeros that were in `weights`
+                step = step_of(before)
+                plgpu.barrier_wait(free)
+                for target, first, second in zip((rot_b, rot_c), turned, rests, strict=True):
+                    target[:, pl.ds(0, HALF)] = first
+                    target[:, pl.ds(HALF, HALF)] = second
+                stash(turns.at[0], cos, simulated)
+                stash(turns.at[1], sin, simulated)
+                publish(simulated)
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_wait(states_here)
+
+                def flow(q, turned, rest):
+                    plgpu.wgmma(q, anticausal_ones(row, column, simulated), weights)
+                    for acc, first in ((turned, 0), (rest, HALF)):
+                        half = pl.ds(first, HALF)
+                        plgpu.wgmma(acc, grad.at[:, half].transpose((1, 0)), following.at[:, half])
+                    added = phase_sums(q, before, step, domega, rate)
+                    turned = plgpu.wgmma_accumulator_load(turned, wait_n=0)
+                    rest = plgpu.wgmma_accumulator_load(rest, wait_n=0)
+                    vectors[FLOW] = pick(turned, row, column, 0, simulated) + pick(rest, row, column, 0, simulated)
+                    vectors[TURNED_FLOW] = pick(turned, row, column, S, simulated)
+                    return added
+
+                square = plgpu.ACC((T, T), jnp.float32)
+                domega = pl.run_scoped(flow, square, square, square)
+
+                decay = load_rows(here.at[DECAY])
+                below = rows(decay, T) - cols(load_cols(here.at[OTHER]), T)
+                mix = jnp.exp2(strictly_below(below, row, column, simulated))
+                gamma = jnp.exp2(load_rows(here.at[OWN]))
+                plgpu.barrier_wait(x_here.at[slot])
+                plgpu.barrier_wait(ready)
+
+                def scores(scores, overlaps):
+                    plgpu.wgmma(scores, rot_c, rot_b.transpose((1, 0)))
+                    plgpu.wgmma(overlaps, g_tile, x_tile.transpose((1, 0)))
+                    from_start = jnp.exp2(decay).astype(jnp.bfloat16)
+                    scaled = load_tile(g_tile) * rows(from_start, P)
+                    scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
+                    weights[...] = (scores * mix).astype(jnp.bfloat16)
+                    own = pick(scores, row, column, 0, simulated)
+                    score[...] = own
+                    overlaps = plgpu.wgmma_accumulator_load(overlaps, wait_n=0)
+                    both = put_on_diagonal(mix, gamma, row, column, simulated)
+                    narrow = (overlaps * both).astype(jnp.bfloat16)
+                    dscores[...] = narrow
+                    vectors[SCORE] = own
+                    vectors[OVERLAP] = pick(overlaps, row, column, 0, simulated)
+                    return scaled, narrow
+
+                scaled, narrow = pl.run_scoped(scores, square, square)
+                publish(simulated)
+                plgpu.barrier_arrive(mixed)
+
+                def down(acc):
+                    plgpu.wgmma(acc, scaled, ssm)
+                    plgpu.wgmma(acc, narrow, rot_b)
+                    return acc[...]
+
+                dc = pl.run_scoped(down, plgpu.ACC((T, N), jnp.float32))
+                stash(phase, _phase(dc, rot_c, simulated), simulated)
+                plgpu.barrier_arrive(scored)
+                dc = _turned_back(dc, turns, simulated)
+                plgpu.barrier_wait(valued)
+                rot_c[...] = dc.astype(jnp.bfloat16)
+                publish(simulated)
+                meet(simulated)
+                _store_sums(rot_c, ones, dbias_ref.at[index, ci, head, 1])
+                plgpu.barrier_arrive(free)
+                return total + dc, domega
+
+            zeros = tuple(plgpu.layout_cast(jnp.zeros((T, w), jnp.float32), WG) for w in (N, S))
+            total, domega = lax.fori_loop(0, block, one, zeros)
+            dc_ref[block_index, index, span] = total
+            plgpu.barrier_wait(free)
+            weights, _, rate, _ = (small.at[k] for k in range(4))
+
+            def last(acc):
+                plgpu.wgmma(acc, anticausal_ones(row, column, simulated), weights)
+                return phase_sums(acc, block - 1, step_of(block - 1), domega, rate)
+
+            domega_ref[block_index, index, span] = pl.run_scoped(last, plgpu.ACC((T, 2 * S), jnp.float32))
+
+        @pl.when(warpgroup == _VALUES)
+        def _():
+            ssm, grad, following = (wide.at[k] for k in range(2, 5))
+            weights, _, rate, ones = (small.at[k] for k in range(4))
+
+            def get(k, **options):
+                slot = lax.rem(k, 2)
+                head = block_index * block + k
+                for source, target in (
+                    (coefficient_ref.at[index, head, ci], both_coefficients),
+                    (start_ref.at[index, head, ci], both_starts),
+                    (constant_ref.at[head], both_constants),
+                ):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], small_here.at[slot], **options)
+                for source, target in ((dy_ref, both_g), (z_ref, both_z), (x_ref, both_x)):
+                    plgpu.copy_gmem_to_smem(source.at[index, span, head], target.at[slot], x_here.at[slot], **options)
+
+            def get_states(k, **options):
+                head = block_index * block + k
+                # The last chunk has none following: what comes of it is not used.
+                after = ssm_ref.at[index, head, jnp.minimum(ci + 1, chunks - 1)]
+                for source, target in (
+                    (ssm_ref.at[index, head, ci], ssm), (grad_ref.at[index, head, ci], grad), (after, following)
+                ):  # fmt: skip
+                    plgpu.copy_gmem_to_smem(source, target, states_here, **options)
+
+            def for_next(get, k):
+                if simulated:
+                    pl.when(k + 1 < block)(lambda: get(k + 1))
+                else:  # no branch: the compiler keeps track of zeros in accumulators only where there is none
+                    get(k + 1, predicate=k + 1 < block)
+
+            group = block_index * block // per_group
+            for which, source in enumerate((b_ref, c_ref)):
+                plgpu.copy_gmem_to_smem(source.at[index, span, group], raw.at[which], raw_here)
+            plgpu.copy_gmem_to_smem(rate_ref.at[index, span], rate, raw_here)
+            get(0)
+            get_states(0)
+            number = plgpu.broadcasted_iota(jnp.int32, (T, T), 0, layout=WG)
+            ones[...] = jnp.where(number == 0, 1.0, 0.0).astype(jnp.bfloat16)
+            weights[...] = plgpu.layout_cast(jnp.zeros((T, T), jnp.bfloat16), WG)
+            publish(simulated)
+            plgpu.barrier_arrive(free)
+            plgpu.barrier_wait(raw_here)
+
+            def one(k, total):
+                rot_b, rot_c, ssm, grad, _, weights, dscores, _, ones = buffers()
+                slot = lax.rem(k, 2)
+                head = block_index * block + k
+                here, x_tile, g_tile, z_tile = (v.at[slot] for v in (both_coefficients, both_x, both_g, both_z))
+                vectors = vector_ref.at[index, head, ci]
+                plgpu.barrier_wait(small_here.at[slot])
+                plgpu.barrier_wait(x_here.at[slot])
+                half = widen(load_tile(z_tile) * jnp.bfloat16(0.5), simulated)
+                tanh = jnp.tanh(half)
+                silu, gate = half * tanh + half, 0.5 * tanh + 0.5
+                dy = widen(load_tile(g_tile), simulated)
+                g_tile[...] = (dy * silu).astype(jnp.bfloat16)
+                z_tile[...] = (dy * ((gate + silu) - silu * gate)).astype(jnp.bfloat16)
+                publish(simulated)
+                plgpu.barrier_arrive(ready)
+                plgpu.barrier_wait(states_here)
+                plgpu.barrier_wait(ready)
+
+                # The other slot's dx and dz have left it.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for_next(get, k)
+                skip = both_constants.at[slot, SKIP, pl.ds(0, T)]
+
+                decay, to_end = jnp.exp2(load_rows(here.at[DECAY])), load_rows(here.at[TO_END])
+                gamma = jnp.exp2(load_rows(here.at[OWN]))
+
+                def by_states(y, dx):
+                    plgpu.wgmma(y, rot_c, ssm.transpose((1, 0)))
+                    plgpu.wgmma(dx, rot_b, grad.transpose((1, 0)))
+                    y = plgpu.wgmma_accumulator_load(y, wait_n=1) * rows(decay, P)
+                    return y, plgpu.wgmma_accumulator_load(dx, wait_n=0) * rows(to_end, P)
+
+                def in_chunk(accs, read):
+                    plgpu.wgmma(accs[0], weights, x_tile)
+                    plgpu.wgmma(accs[1], weights.transpose((1, 0)), g_tile)
+
+                acc = plgpu.ACC((T, P), jnp.float32)
+                y, dx = pl.run_scoped(by_states, acc, acc)
+                plgpu.barrier_wait(mixed)
+                y, dx = accumulate(in_chunk, (y, dx), simulated)
+                kept = load_rows(skip) + gamma * load_rows(score)
+                x, g = load_tile(x_tile), load_tile(g_tile)
+                scaled = x * rows(to_end.astype(jnp.bfloat16), P)
+                vectors[QUERY], z_tile[...] = _along(y, g, x, kept, load_tile(z_tile), simulated)
+
+                def down(acc):
+                    plgpu.wgmma(acc, scaled, grad)
+                    plgpu.wgmma(acc, dscores.transpose((1, 0)), rot_c)
+                    vectors[KEY], narrow = _along(dx, x, g, kept, None, simulated)
+                    meet(simulated)  # no product reads x or weights any more
+                    x_tile[...] = narrow
+                    return acc[...]
+
+                db = pl.run_scoped(down, plgpu.ACC((T, N), jnp.float32))
+                plgpu.barrier_arrive(valued)
+                dphase = _phase(db, rot_b, simulated)
+                db = _turned_back(db, turns, simulated)
+                plgpu.barrier_wait(scored)
+                dphase = dphase + unstash(phase, simulated)
+                high = dphase.astype(jnp.bfloat16)
+                low = (dphase - widen(high, simulated)).astype(jnp.bfloat16)
+                weights[...] = jnp.concatenate([high, low], axis=1)
+                rot_b[...] = db.astype(jnp.bfloat16)
+                publish(simulated)
+                meet(simulated)
+                for_next(get_states, k)
+                plgpu.copy_smem_to_gmem(z_tile, dz_ref.at[index, span, head])
+                plgpu.copy_smem_to_gmem(x_tile, dx_ref.at[index, span, head])
+                _store_sums(rot_b, ones, dbias_ref.at[index, ci, head, 0])
+                plgpu.barrier_arrive(free)
+                return total + db
+
+            zeros = plgpu.layout_cast(jnp.zeros((T, N), jnp.float32), WG)
+            db_ref[block_index, index, span] = lax.fori_loop(0, block, one, zeros)
+            plgpu.wait_smem_to_gmem(0)
+
+    per_block = jax.ShapeDtypeStruct((blocks, batch, length, N), jnp.float32)
+    out = Gradients(
+        x=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        z=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        b=per_block,
+        c=per_block,
+        biases=jax.ShapeDtypeStruct((batch, chunks, heads, 2, N), jnp.float32),
+        vectors=jax.ShapeDtypeStruct((batch, heads, chunks, VECTORS, T), jnp.float32),
+        omega=jax.ShapeDtypeStruct((blocks, batch, length, S), jnp.float32),
+    )
+    arrays = plgpu.kernel(
+        body,
+        out_type=tuple(out),
+        scratch_types=[
+            tile(2, T, N), tile(5, T, N),  # raw B and C; rotated, H, G, H'
+            tile(2, T, P), tile(2, T, P), tile(2, T, P), tile(4, T, T),  # x, z, dy of two heads; weights, dS, ω, ones
+            plgpu.SMEM((2, T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
+            plgpu.SMEM((2, 3, N), jnp.float32), plgpu.SMEM((T,), jnp.float32),
+            plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=3, num_barriers=2),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2), plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(), plgpu.Barrier(), plgpu.Barrier(),
+        ],
+        grid=(batch, blocks, chunks), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
+        interpret=interpret, compiler_params=_PARAMETERS,
+    )(x, z, dy, b, c, *prepared, constants, chunk_ssm, chunk_grad)  # fmt: skip
+    return Gradients(*arrays)
+
+
+def _phase(down: jax.Array, rotated, simulated: bool) -> jax.Array:
+    """What turning `rotated` by each phase does to what its gradient `down` is of: float32 [T, S]."""
+    v = widen(load_tile(rotated.at[:, pl.ds(0, HALF)]), simulated)
+    return down[:, S : 2 * S] * v[:, :S] - down[:, :S] * v[:, S:]
+
+
+def _turned_back(down: jax.Array, turns, simulated: bool) -> jax.Array:
+    """Gradient [T, N] of B or C from that of what is rotated."""
+    cos, sin = (unstash(turns.at[k], simulated) for k in range(2))
+    real, imag, rest = down[:, :S], down[:, S : 2 * S], down[:, 2 * S :]
+    return jnp.concatenate([real * cos + imag * sin, imag * cos - real * sin, rest], axis=1)
+
+
+def _along(v: jax.Array, left, right, kept, factor, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """Sums of v ⊙ left over columns, and (v + kept ⊙ right) ⊙ factor in bfloat16; a few columns at a time."""
+    products, out = 0, []
+    for first in range(0, P, _PART):
+        part = slice(first, first + _PART)
+        one = v[:, part]
+        products += one * widen(left[:, part], simulated)
+        one = one + rows(kept, _PART) * widen(right[:, part], simulated)
+        if factor is not None:
+            one = one * widen(factor[:, part], simulated)
+        out.append(one.astype(jnp.bfloat16))
+    return jnp.sum(products, axis=1), jnp.concatenate(out, axis=1)
+
+
+def _store_sums(stage, ones, out) -> None:
+    """Writes the sums of the rows of what is in `stage` [T, N] to out [N]: products with ones add them up."""
+
+    def add(*accs):
+        for acc, first in zip(accs, (0, HALF), strict=True):
+            plgpu.wgmma(acc, stage.at[:, pl.ds(first, HALF)].transpose((1, 0)), ones.at[pl.ds(0, 8)].transpose((1, 0)))
+        for acc, first in zip(accs, (0, HALF), strict=True):
+            out[pl.ds(first, HALF)] = jnp.sum(plgpu.wgmma_accumulator_load(acc, wait_n=0), axis=1)
+
+    acc = plgpu.ACC((HALF, 8), jnp.float32)
+    pl.run_scoped(add, acc, acc)
