@@ -25,6 +25,7 @@ class Case:
     omega_per_head: bool = False
     norm: bool = False
     bare: bool = False  # only the required arguments
+    mimo: bool = True  # weights per rank, at rank 1 too
     log_dt: tuple[float, float] = (-3.0, 0.0)
     log_decay: tuple[float, float] = (-4.0, 1.0)
 
@@ -48,7 +49,8 @@ def make(case: Case, dtype=np.float64, seed: int = 0) -> dict[str, np.ndarray]:
     }
     if not c.bare:
         args |= {"b_bias": 1 + normal(c.h, c.r, c.n), "c_bias": 1 + normal(c.h, c.r, c.n), "d": normal(c.h)}
-        args |= {name: 1 + normal(c.h, c.r, c.p) / 4 for name in ("mimo_x", "mimo_z", "mimo_o")}
+        if c.mimo:
+            args |= {name: 1 + normal(c.h, c.r, c.p) / 4 for name in ("mimo_x", "mimo_z", "mimo_o")}
         args["z"] = normal(c.b, c.l, c.h, c.p)
         if c.norm:
             args["norm_weight"] = 1 + normal(c.h, c.p) / 4

@@ -21,17 +21,18 @@ def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
-def arguments(length: int) -> tuple[Sequence, Weights, Mamba3State]:
+def arguments(length: int, rank: int = 1) -> tuple[Sequence, Weights, Mamba3State]:
     """Shapes of what a layer passes; more heads would only take longer."""
     x = shape(BATCH, length, HEADS, 64, dtype=jnp.bfloat16)
-    b = shape(BATCH, length, 1, 1, 128, dtype=jnp.bfloat16)
-    dt, bias = shape(BATCH, length, HEADS), shape(HEADS, 1, 128)
+    b = shape(BATCH, length, rank, 1, 128, dtype=jnp.bfloat16)
+    dt, bias = shape(BATCH, length, HEADS), shape(HEADS, rank, 128)
+    mimo = (None if rank == 1 else shape(HEADS, rank, 64),) * 3
     seq = Sequence(x, dt, dt, b, b, dt, shape(BATCH, length, 32), x)
     state = Mamba3State(
-        shape(BATCH, HEADS, 32), shape(BATCH, HEADS, 64, 128), shape(BATCH, HEADS, 1, 128),
+        shape(BATCH, HEADS, 32), shape(BATCH, HEADS, 64, 128), shape(BATCH, HEADS, rank, 128),
         shape(BATCH, HEADS, 64, dtype=jnp.bfloat16),
     )  # fmt: skip
-    return seq, Weights(bias, bias, None, None, None, shape(HEADS), None), state
+    return seq, Weights(bias, bias, *mimo, shape(HEADS), None), state
 
 
 def run(seq: Sequence, weights: Weights, state: Mamba3State, documents: jax.Array | None = None):
@@ -52,7 +53,8 @@ def main() -> None:
     """Lowers each, for compute capability 9.0."""
     triton_lib.triton_kernel_call_lib.get_compute_capability = lambda device: 90
     one_chunk, rest = arguments(64), arguments(200)
-    several = jax.tree.map(lambda v: shape(2, *v.shape, dtype=v.dtype), one_chunk)
+    mimo = arguments(16, rank=2)
+    several, several_mimo = (jax.tree.map(lambda v: shape(2, *v.shape, dtype=v.dtype), v) for v in (one_chunk, mimo))
     print(json.dumps({
         "one chunk": calls(run, *one_chunk),
         "segments": calls(run, *rest),
@@ -62,6 +64,10 @@ def main() -> None:
         "gradient of segments": calls(jax.grad(loss), *rest, shape(BATCH, 200, dtype=jnp.int32)),
         "gradient under vmap": calls(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))), *several),
         "gradient under checkpoint": calls(jax.value_and_grad(jax.checkpoint(loss)), *one_chunk),
+        "mimo": calls(run, *arguments(70, rank=2), shape(BATCH, 70, dtype=jnp.int32)),
+        "mimo gradient under vmap and checkpoint": calls(
+            jax.vmap(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1, 2))), *several_mimo
+        ),
     }))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on the GPU that is there, against the recurrence in float64: make test-gpu."""
+"""The kernels on the GPU that is there, against the recurrence in float64: make test-gpu."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3jax.kernels import Mamba3State, mamba3_step
+from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
 from tests import tolerances
 from tests.kernels.cases import Case, differentiated, make, make_state
 
@@ -35,6 +35,14 @@ CASES = {
     "strong decay": dataclasses.replace(WIDE, log_dt=(1, 3), log_decay=(2, 6)),
     "weak decay": dataclasses.replace(WIDE, log_dt=(-9, -7), log_decay=(-12, -9)),
     "mixed decay": dataclasses.replace(WIDE, log_dt=(-4, 3), log_decay=(-8, 6)),
+}
+# Many heads leave programs with several chunks of few segments; else every chunk is a segment.
+MANY_HEADS = dataclasses.replace(WIDE, b=3, l=150, h=64, g=2)
+MOSAIC_CASES = {
+    "siso": (dataclasses.replace(WIDE, l=1000, mimo=False), True),
+    "siso, many heads": (dataclasses.replace(MANY_HEADS, mimo=False), False),
+    "mimo": (dataclasses.replace(WIDE, l=1000, r=4), True),
+    "rank 2, many heads": (dataclasses.replace(MANY_HEADS, r=2), False),
 }
 PACKED = ("siso", "mimo")
 IN_BOTH_TYPES = ("siso", "mimo", "norm", "largest", "one token", "strong decay", "mixed decay")
@@ -81,8 +89,9 @@ def _scales(case: Case, expected: dict[str, np.ndarray]) -> dict[str, float]:
     args = make(case)
     scales = {}
     if "d" in args:
-        gate = args["z"][:, :, :, None] * args["mimo_z"]
-        terms = args["x"][:, :, :, None] * args["mimo_x"] * gate / (1 + np.exp(-gate)) * args["mimo_o"]
+        mimo_x, mimo_z, mimo_o = (args.get(name, 1.0) for name in ("mimo_x", "mimo_z", "mimo_o"))
+        gate = args["z"][:, :, :, None] * mimo_z
+        terms = args["x"][:, :, :, None] * mimo_x * gate / (1 + np.exp(-gate)) * mimo_o
         scales["d d"] = np.sqrt((terms**2).sum() / case.h)
     if case.log_dt[1] > 0:
         # Gradients of log decay are differences of sums of y times its cotangent, summed over a chunk (backward.py).
@@ -92,19 +101,49 @@ def _scales(case: Case, expected: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _scan_cases():
+    """(case, packed, dtype, implementation)."""
     for name, case in CASES.items():
         for packed in (False, True) if name in PACKED else (False,):
             for dtype in ("float32", "bfloat16") if name in IN_BOTH_TYPES else ("bfloat16",):
-                yield pytest.param(case, packed, dtype, id=f"{name}{', packed' if packed else ''}, {dtype}")
+                label = f"{name}{', packed' if packed else ''}, {dtype}"
+                yield pytest.param(case, packed, dtype, "triton", id=label)
+    for name, (case, packed) in MOSAIC_CASES.items():
+        label = f"mosaic, {name}{', packed' if packed else ''}"
+        yield pytest.param(case, packed, "bfloat16", "mosaic", id=label)
 
 
-@pytest.mark.parametrize(("case", "packed", "dtype"), list(_scan_cases()))
-def test_scan(case, packed, dtype):
-    run = differentiated(implementation="triton", segment_ids=_documents(case, packed))
+def _skip_without_hopper() -> None:
+    scan = pytest.importorskip("m3jax.kernels.mamba3.mosaic.scan", exc_type=ImportError)
+    reason = scan._unsupported_here()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize(("case", "packed", "dtype", "implementation"), list(_scan_cases()))
+def test_scan(case, packed, dtype, implementation):
+    if implementation == "mosaic":
+        _skip_without_hopper()
+    run = differentiated(implementation=implementation, segment_ids=_documents(case, packed))
     args, state = _arguments(case, dtype)
     actual, again = run(args, state), run(args, state)
     expected = _expected(case, packed)
     assert actual.keys() == expected.keys()
+    jax.tree.map(np.testing.assert_array_equal, actual, again)
+    _assert_close(case, dtype, actual, expected)
+
+
+@pytest.mark.parametrize(("case", "packed"), list(MOSAIC_CASES.values()), ids=list(MOSAIC_CASES))
+def test_mosaic_forward(case, packed):
+    """Without gradients, for which other kernels run, at higher ranks Triton's."""
+    _skip_without_hopper()
+    options = {"segment_ids": _documents(case, packed), "implementation": "mosaic", "return_state": True}
+    args, state = _arguments(case, "bfloat16")
+    y, final = jax.jit(lambda args, state: mamba3_scan(**args, initial_state=state, **options))(args, state)
+    actual = {"y": y} | {f"final.{name}": v for name, v in final._asdict().items()}
+    _assert_close(case, "bfloat16", actual, _expected(case, packed))
+
+
+def _assert_close(case: Case, dtype: str, actual: dict[str, jax.Array], expected: dict[str, np.ndarray]) -> None:
     # Large steps turn by many radians, each rounded relative to itself.
     largest_turn = max(1.0, float(np.exp(case.log_dt[1])) * np.pi)
     tolerance = tolerances.rounding("float32", case.n * case.r * case.l) * largest_turn
@@ -113,7 +152,6 @@ def test_scan(case, packed, dtype):
     scales = _scales(case, expected)
     errors = {}
     for name, value in actual.items():
-        np.testing.assert_array_equal(value, again[name], err_msg=f"{name}, run twice")
         if name == "final.angle":
             turn = tolerances.rounding("float32", case.l) * largest_turn
             tolerances.assert_phase_close(value, expected[name], max(turn, tolerances.phase_walk(1)), name)

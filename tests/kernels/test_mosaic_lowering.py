@@ -30,3 +30,7 @@ def test_forward_and_gradient_lower():
     assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward
     # The first pass saves nothing.
     assert calls["gradient under checkpoint"] == prepare + output + calls["gradient"]
+    assert calls["mimo"] == prepare + 2 * output
+    # Its derivative is Triton's.
+    mimo_gradient = calls["mimo gradient under vmap and checkpoint"]
+    assert mimo_gradient == prepare + output + ["triton"] * len(mimo_gradient[3:]) and len(mimo_gradient) > 6

@@ -36,7 +36,11 @@ def test_needs_a_new_jax_or_a_hopper_gpu():
     ({"p": 32}, {}, "p = 32"),
     ({"n": 64, "s": 16}, {}, "n = 64"),
     ({"s": 64}, {}, "s = 64"),
-    ({"r": 2}, {}, "rank 1"),
+    ({"r": 2}, {}, None),
+    ({"r": 4}, {"chunk_size": 32}, None),
+    ({"r": 4}, {"chunk_size": T}, "chunk_size = 64"),
+    ({"r": 8}, {}, "rank 8"),
+    ({}, {"mimo": True}, "MIMO weights"),
     ({"bare": True}, {}, "z is absent"),
     ({"norm": True}, {}, "norm_weight"),
     ({"omega_per_head": True}, {}, "omega"),
@@ -48,6 +52,8 @@ def test_refusals_name_the_reason(monkeypatch, change, options, reason):
     monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
     args, _ = arguments(dataclasses.replace(CASE, **change), options.get("dtype", jnp.bfloat16))
     seq, weights = split(args)
+    if options.get("mimo"):
+        weights = weights._replace(mimo_o=jnp.ones((CASE.h, 1, CASE.p)))
     said = scan.unsupported(seq, weights, options.get("chunk_size"))
     assert (said is None) if reason is None else (reason in said), said
 
@@ -55,9 +61,10 @@ def test_refusals_name_the_reason(monkeypatch, change, options, reason):
 SHAPES = [(8, 2048, 64), (1, 16384, 64), (1, 2048, 64), (1, 1, 1), (1, 4100, 24)]
 
 
+@pytest.mark.parametrize("positions", [T, 32])
 @pytest.mark.parametrize(("batch", "length", "heads"), SHAPES)
-def test_segments_cover_the_sequence(batch, length, heads):
-    chunks, segments = math.ceil(length / T), scan.choose_segments(batch, length, heads)
+def test_segments_cover_the_sequence(batch, length, heads, positions):
+    chunks, segments = math.ceil(length / positions), scan.choose_segments(batch, length, heads, positions)
     longest = math.ceil(chunks / segments)
     assert (segments - 1) * longest < chunks <= segments * longest
     assert batch * heads * segments <= 1.5 * scan._PROGRAMS or segments == 1

@@ -1,4 +1,7 @@
-"""The Mosaic GPU implementation behind `mamba3_scan`, for Hopper and SISO: what it takes, what runs when, its ends."""
+"""The Mosaic GPU implementation behind `mamba3_scan`, for Hopper: what it takes, what runs when, its ends.
+
+SISO, forward and backward; MIMO of rank 2 and 4, forward, with Triton's derivative.
+"""
 
 import functools
 import math
@@ -10,8 +13,10 @@ from ..cotangents import combine
 from ..ends import entering_ssm, leaving_state, number_documents, start_at_last_document
 from ..inputs import Inputs, Sequence, Weights
 from ..state import Mamba3State
+from ..triton import op as triton
 from ..triton.launch import batch_too_large, launch
-from . import backward
+from ..triton.plans import choose_plan
+from . import backward, mimo_forward
 from .forward import Operands, Prepared, output_pass, state_pass
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
@@ -22,6 +27,7 @@ _PROGRAMS = 264  # two to each multiprocessor of a large Hopper GPU
 # Of the kernels in prepare.py: heads of a program, positions of a tile of phases, chunks of a tile of their sums.
 _HEADS, _PART, _CHUNKS = 8, 8, 64
 _OPERANDS = ("x", "b", "c", "z")
+_POSITIONS = {1: T, 2: mimo_forward.T, 4: mimo_forward.T}  # of a chunk, by rank
 _MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
 
 
@@ -47,16 +53,18 @@ def _unsupported_inputs(seq: Sequence, weights: Weights, chunk_size: int | None)
     for name in _OPERANDS:
         if getattr(seq, name).dtype != jnp.bfloat16:
             return f"{name} has dtype {getattr(seq, name).dtype}; the Mosaic GPU kernels take bfloat16"
-    if rank != 1 or any(w is not None for w in (weights.mimo_x, weights.mimo_z, weights.mimo_o)):
-        return "the Mosaic GPU kernels are for rank 1 without MIMO weights"
+    if rank not in _POSITIONS:
+        return f"rank {rank}; the Mosaic GPU kernels take 1, 2 and 4"
+    if rank == 1 and any(w is not None for w in (weights.mimo_x, weights.mimo_z, weights.mimo_o)):
+        return "MIMO weights are given; the Mosaic GPU kernels take none at rank 1"
     if (p, n, s) != (P, N, S):
         return f"p = {p}, n = {n}, s = {s}; the Mosaic GPU kernels take p = {P}, n = {N}, s = {S}"
     if seq.omega.ndim == 4:
         return "omega differs between heads; the Mosaic GPU kernels take one for all"
     if weights.norm_weight is not None:
         return "norm_weight is given; the Mosaic GPU kernels have no norm before the gate"
-    if chunk_size not in (None, T):
-        return f"chunk_size = {chunk_size}; the Mosaic GPU kernels take {T}"
+    if chunk_size not in (None, _POSITIONS[rank]):
+        return f"chunk_size = {chunk_size}; the Mosaic GPU kernels take {_POSITIONS[rank]} at rank {rank}"
     batch, _, heads, _ = seq.x.shape
     if max(seq.x.size, seq.b.size, batch * heads * P * N) >= _MAX_ELEMENTS:
         return "x, b or the state has 2^31 elements or more; the Mosaic GPU kernels take fewer: split the batch"
@@ -72,19 +80,25 @@ def scan(
     norm_eps: float,
     return_state: bool = True,
 ) -> tuple[jax.Array, Mamba3State | None]:
-    """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to.
+    """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to; at rank 2 and 4 Triton's, too.
 
     None instead of a state that is zero spares reading it. Without `return_state` the state that is returned is None,
     and the backward need not look at its gradient.
     """
     del chunk_size, norm_eps
     acc = jnp.float32
+    rank = seq.b.shape[2]
     seq = seq._replace(**{name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")})
     ssm = None if state is None else entering_ssm(seq, weights, state, acc)
     if state is None:
-        state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), N, 1, S, seq.x.dtype)
+        state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), N, rank, S, seq.x.dtype)
     document = None if segment_ids is None else segment_ids.astype(jnp.int32)
-    y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
+    if rank == 1:
+        y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
+    else:
+        ssm = state.ssm if ssm is None else ssm
+        inputs = Inputs(seq, weights, ssm, state.angle.astype(acc), document)
+        y, ssm, angle = _mimo_scan(choose_plan(seq, None), inputs)
     if not return_state:
         return y, None
     if segment_ids is not None:
@@ -118,6 +132,33 @@ def _scan_backward(return_state: bool, residuals, cotangents) -> tuple[Inputs]:
 _scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mimo_scan(plan: triton.Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """y, and H and the phase after the last token; `plan` is for Triton's kernels, whose derivative it has."""
+    del plan
+    return mimo(inputs)
+
+
+def _triton_scan(plan: triton.Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    document = None if inputs.document is None else number_documents(inputs.document)
+    ssm = triton.to_kernel_order(inputs.ssm, S)
+    y, ssm, angle = triton.scan(plan, inputs._replace(ssm=ssm, document=document))
+    return y, triton.from_kernel_order(ssm, S), angle
+
+
+def _mimo_scan_forward(plan: triton.Plan, inputs: Inputs):
+    return jax.vjp(functools.partial(_triton_scan, plan), inputs)
+
+
+def _mimo_scan_backward(plan: triton.Plan, pullback, cotangents) -> tuple[Inputs]:
+    del plan
+    return pullback(cotangents)
+
+
+# Under jax.checkpoint the first pass then runs the faster forward, and only the second the one that saves.
+_mimo_scan.defvjp(_mimo_scan_forward, _mimo_scan_backward, optimize_remat=True)
+
+
 @jax.custom_batching.sequential_vmap
 def forward(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y [b, l, h, p], and H [b, h, p, n] and the phase in radians [b, h, s] after the last token; not differentiable.
@@ -139,9 +180,15 @@ def backward_kernels(given: Operands, prepared: Prepared, chunk_ssm, dy, dssm) -
     return backward.kernels(given, prepared, chunk_ssm, dy, dssm, segments=choose_segments(*dy.shape[:3]))
 
 
-def choose_segments(batch: int, length: int, heads: int) -> int:
-    """Of the sequence, so that the GPU is full: all but the last have equally many chunks."""
-    chunks = math.ceil(length / T)
+@jax.custom_batching.sequential_vmap
+def mimo(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`forward` at rank 2 and 4."""
+    return mimo_in_segments(inputs, choose_segments(*inputs.seq.x.shape[:3], mimo_forward.T))
+
+
+def choose_segments(batch: int, length: int, heads: int, positions: int = T) -> int:
+    """Of the sequence, so that the GPU is full: all but the last have equally many chunks of `positions`."""
+    chunks = math.ceil(length / positions)
     wanted = max(1, min(chunks, round(_PROGRAMS / (batch * heads))))
     return math.ceil(chunks / math.ceil(chunks / wanted))
 
@@ -157,6 +204,12 @@ def forward_in_segments(inputs: Inputs, segments: int, save: bool = False, inter
     before = state_pass(x, b, prepared, b_bias, **how) if segments > 1 else None
     y, ssm, *saved = output_pass(x, z, b, c, prepared, b_bias, c_bias, d, inputs.ssm, before, save=save, **how)
     return y[:, : inputs.seq.x.shape[1]], ssm, angle, *((prepared, *saved) if save else ())
+
+
+def mimo_in_segments(inputs: Inputs, segments: int, interpret=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`mimo` with a given number of segments; `interpret` as in `forward_in_segments`."""
+    prepared, angle = prepare(inputs, mimo_forward.T)
+    return *mimo_forward.forward_in_segments(inputs, prepared, segments, interpret), angle
 
 
 def operands(inputs: Inputs) -> Operands:

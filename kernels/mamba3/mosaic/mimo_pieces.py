@@ -1,0 +1,399 @@
+"""What the Mosaic GPU kernels for MIMO need besides pieces.py: rows of two ranks, weights by rank, products by hand.
+
+Notation: a chunk has T = 32 positions of R ranks. A [32, w] array, one row per position, lies in registers so that a
+thread has pairs of neighbouring columns in one row (POS); POS_ROW and POS_COL are the layouts of vectors along its rows
+or columns. Row 16 v + 8 k + i of a [64, w] array as the matrix units leave it (WG) is rank k of two, position 8 v + i:
+a thread has both ranks of its position, so what depends on the position alone exists once, and sums over ranks are sums
+of a thread's own numbers. Shared memory holds the rows of a pair of ranks in the same order: B and C, [64, 128] a pair,
+in blocks of 8 rows and 64 columns, [4, 2, 2, 8, 64] by v, k, columns, i and column (BLOCKS).
+
+What is written by hand has a plain twin for the interpreter (`simulated`).
+"""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+
+from .pieces import WG, P
+
+T = 32  # positions of a chunk
+ROWS = 2 * T  # of a pair of ranks
+BLOCKS = (4, 2, 2, 8, 64)
+
+POS = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+POS_ROW, POS_COL = POS.reduce(1), POS.reduce(0)
+_IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
+
+# Weights of a head per rank: biases of the half that rotates, mimo_x, half of mimo_z, mimo_o; biases of the other half,
+# which share a row.
+WEIGHTS = 6
+B_BIAS, C_BIAS, MIMO_X, MIMO_Z, MIMO_O, B_REST, C_REST = range(WEIGHTS + 1)
+
+
+def blocks(*shape: int) -> plgpu.SMEM:
+    """B or C of pairs of ranks."""
+    return plgpu.SMEM((*shape, *BLOCKS), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(128),))
+
+
+def rows(v: jax.Array, width: int) -> jax.Array:
+    """[h] along rows → [h, width]."""
+    return lax.broadcast_in_dim(v, (v.shape[0], width), (0,))
+
+
+def cols(v: jax.Array) -> jax.Array:
+    """[w] along columns → [T, w]."""
+    return lax.broadcast_in_dim(v, (T, v.shape[0]), (1,))
+
+
+def load_rows(ref) -> jax.Array:
+    """A vector of shared memory, one element per position."""
+    return plgpu.load(ref, layout=POS_ROW, optimized=False)
+
+
+def load_cols(ref) -> jax.Array:
+    """A vector of shared memory, one element per column."""
+    return plgpu.load(ref, layout=POS_COL, optimized=False)
+
+
+def load_tile(ref) -> jax.Array:
+    """[T, w] of shared memory."""
+    return plgpu.load(ref, layout=POS)
+
+
+def join(first: jax.Array, second: jax.Array, simulated: bool) -> jax.Array:
+    """Two ranks, [T, w] each → [ROWS, w] as the matrix units take it. No instruction."""
+    if simulated:
+        return jnp.stack([v.reshape(4, 8, -1) for v in (first, second)], axis=1).reshape(ROWS, -1)
+    out = plgpu.ShapeDtypeStruct((ROWS, first.shape[1]), first.dtype, layout=WG)
+
+    @plgpu.inline_mgpu(arg_types=(POS, POS), return_type=out)
+    def inline(ctx, *parts):
+        registers = np.empty(WG.to_mgpu().registers_shape(out.shape), dtype=object)
+        for half, part in enumerate(parts):
+            registers[0, :, 0, 0, half].flat[:] = part.registers.flat
+        return _array(WG, out.shape, registers)
+
+    return inline(first, second)
+
+
+def split(v: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """The converse of `join`."""
+    if simulated:
+        return tuple(v.reshape(4, 2, 8, -1)[:, half].reshape(T, -1) for half in range(2))
+    out = plgpu.ShapeDtypeStruct((T, v.shape[1]), v.dtype, layout=POS)
+
+    @plgpu.inline_mgpu(arg_types=(WG,), return_type=(out, out))
+    def inline(ctx, array):
+        return tuple(_array(POS, out.shape, array.registers[0, :, 0, 0, half]) for half in range(2))
+
+    return inline(v)
+
+
+def widen(v: jax.Array, simulated: bool) -> jax.Array:
+    """bfloat16 [T, w] → float32, in two integer operations a pair (the compiler's own way takes three)."""
+    if simulated:
+        return v.astype(jnp.float32)
+
+    @plgpu.inline_mgpu(arg_types=(POS,), return_type=plgpu.ShapeDtypeStruct(v.shape, jnp.float32, layout=POS))
+    def inline(ctx, array):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        out = np.empty_like(array.registers)
+        for index, register in np.ndenumerate(array.registers):
+            bits = _word(register)
+            first = arith.bitcast(f32, arith.shli(bits, mgpu.utils.c(16, i32)))
+            second = arith.bitcast(f32, arith.andi(bits, mgpu.utils.c(-65536, i32)))
+            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), [first, second])
+        return _array(POS, v.shape, out)
+
+    return inline(v)
+
+
+def load_pair(ref, columns: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """64 columns of a pair of ranks in shared memory (BLOCKS): two of [T, 64]."""
+    ref = ref.at[:, :, columns]
+    if simulated:
+        v = ref[...]  # [4, 2, 8, 64]
+        return v[:, 0].reshape(T, 64), v[:, 1].reshape(T, 64)
+    out = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=WG)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType((plgpu.SwizzleTransform(128),)),), return_type=out)
+    def inline(ctx, memory):
+        tiles = mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(memory, 0, 2), 1)
+        return mgpu.FragmentedArray.load_tiled(tiles, swizzle=128, layout=WG.to_mgpu())
+
+    return split(inline(ref), simulated)
+
+
+def store_pair(ref, columns: int, first: jax.Array, second: jax.Array, simulated: bool) -> None:
+    """The converse of `load_pair`."""
+    ref = ref.at[:, :, columns]
+    if simulated:
+        ref[...] = jnp.stack([v.reshape(4, 8, 64) for v in (first, second)], axis=1)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(WG, plgpu.RefType((plgpu.SwizzleTransform(128),))))
+    def inline(ctx, array, memory):
+        array.store_tiled(mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(memory, 0, 2), 1), swizzle=128)
+
+    inline(join(first, second, simulated), ref)
+
+
+def pack(b_bias, c_bias, mimo_x, mimo_z, mimo_o) -> jax.Array:
+    """Weights [h, r, n or p] as the kernels read them: [h, r, WEIGHTS, 64] float32.
+
+    A thread finds its columns in pieces of 16 bytes. The last row holds the biases that do not rotate, two bfloat16
+    numbers to each 32 bits.
+    """
+    wide = jnp.stack([b_bias[..., :P], c_bias[..., :P], mimo_x, mimo_z / 2, mimo_o], axis=2).astype(jnp.float32)
+    narrow = jnp.concatenate([_in_pieces(v[..., P:].astype(jnp.bfloat16)) for v in (b_bias, c_bias)], axis=-1)
+    narrow = lax.bitcast_convert_type(narrow.reshape(*narrow.shape[:-1], 64, 2), jnp.float32)
+    return jnp.concatenate([_in_pieces(wide), narrow[:, :, None]], axis=2)
+
+
+def _in_pieces(v: jax.Array) -> jax.Array:
+    """The last axis, of 64: columns 8 j + 2 q + {0, 1} with the same q, up to 16 bytes, side by side."""
+    pairs = _pairs(v.dtype)
+    out = v.reshape(*v.shape[:-1], 8 // pairs, pairs, 4, 2)
+    return jnp.swapaxes(out, -3, -2).reshape(v.shape)
+
+
+def _pairs(dtype) -> int:
+    """In 16 bytes."""
+    return 16 // jnp.dtype(dtype).itemsize // 2
+
+
+def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
+    """Along columns, [64]: float32, or bfloat16 for B_REST and C_REST. `ref`: of one head, in global memory."""
+    row, dtype = (kind, jnp.float32) if kind < B_REST else (B_REST, jnp.bfloat16)
+    pairs, second = _pairs(dtype), kind == C_REST
+    if simulated:
+        v = ref[rank, row]
+        if dtype == jnp.bfloat16:
+            v = lax.bitcast_convert_type(v, dtype).reshape(2, 64)[int(second)]
+        return jnp.swapaxes(v.reshape(8 // pairs, 4, pairs, 2), 1, 2).reshape(64)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=POS_COL))
+    def inline(ctx, memory):
+        i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
+        element = ir.F32Type.get() if dtype == jnp.float32 else ir.BF16Type.get()
+        lane = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(3, i32))
+        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
+        pointer = mgpu.utils.getelementptr(pointer, [arith.muli(lane, mgpu.utils.c(16, i32))], i8)
+        first = 4 * 64 * (WEIGHTS * rank + row) + 128 * second
+        registers = []
+        for piece in range(8 // pairs):
+            at = mgpu.utils.getelementptr(pointer, [first + 64 * piece], i8)
+            loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
+            pair = ir.VectorType.get((2,), element)
+            registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
+        return _array(POS_COL, (64,), np.array(registers))
+
+    return inline(ref)
+
+
+def product(acc: jax.Array | None, a, b, simulated: bool, transposed: bool = False) -> jax.Array:
+    """acc + a @ b, or a @ bᵀ if `transposed`; without acc, the product alone. It runs on by itself until `settle`.
+
+    Pallas' own wgmma would write zeros to registers for what begins as 0, long before they are needed.
+
+    Args:
+      acc: [64, n] float32, from `begin` or another product.
+      a: [64, k] bfloat16, an array or in shared memory; not to be changed before the product is done.
+      b: [k, n] or, transposed, [n, k] bfloat16 in shared memory.
+      simulated: whether the interpreter runs this.
+      transposed: as above.
+    """
+    if simulated:
+        left, right = (v if isinstance(v, jax.Array) else _matrix(v) for v in (a, b))
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        out = jnp.dot(left, right.T if transposed else right, precision=lax.Precision.HIGHEST)
+        return out if acc is None else acc + out
+    in_registers = isinstance(a, jax.Array)
+    height, width = _matrix_shape(b)
+    n = height if transposed else width
+    swizzle = min(128, 2 * width)
+    deep = swizzle // 2  # of a block of columns
+
+    def inline(ctx, a, b, *acc):
+        b = _tiles(b, deep)
+        if transposed:
+            b = mgpu.utils.memref_transpose(b, (1, 0, 3, 2))
+        right = mma_utils.create_descriptor(
+            b, swizzle=swizzle, group_size=(deep, n), logical_k_major=True, split_const=True
+        )
+        if in_registers:
+            depth = a.shape[1]
+            a = fragmented_array.optimization_barrier(a)
+        else:
+            a = _tiles(a, deep)
+            depth = deep * ir.MemRefType(a.type).shape[1]
+            left = mma_utils.create_descriptor(
+                a, swizzle=swizzle, group_size=(64, deep), logical_k_major=False, split_const=True
+            )
+        registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
+        nvvm.wgmma_fence_aligned()
+        for k in range(0, depth, 16):
+            part = _words(a[:, k : k + 16]) if in_registers else _descriptor(left, k, deep)
+            registers = _wgmma(registers, part, _descriptor(right, k, deep), n, right[2] != mma_utils.Dim.K)
+        _assembly("wgmma.commit_group.sync.aligned;")
+        return _array(_IN_FLIGHT, (64, n), np.array(registers))
+
+    a_type = WG if in_registers else _type(a)
+    types = (a_type, _type(b)) + ((_IN_FLIGHT,) if acc is not None else ())
+    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=_IN_FLIGHT)
+    return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
+
+
+def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
+    """Sums over positions of 64 columns of a pair of ranks in shared memory (BLOCKS): [64, 8] by column and rank.
+
+    A product, as `product` returns it. `ones` [8, ROWS] bfloat16 in shared memory: 1 where row k meets rank k, else 0.
+    """
+    staged = staged.at[:, :, columns]
+    if simulated:
+        v = staged[...].reshape(ROWS, 64).astype(jnp.float32)
+        return jnp.dot(v.T, ones[...].astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
+    types = (plgpu.RefType((plgpu.SwizzleTransform(128),)), _type(ones))
+    out = plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=_IN_FLIGHT)
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=out)
+    def inline(ctx, a, b):
+        a = mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(a, 0, 2), 1)
+        a, b = (mgpu.utils.memref_transpose(v, (1, 0, 3, 2)) for v in (a, b))
+        left = mma_utils.create_descriptor(
+            a, swizzle=128, group_size=(64, 64), logical_k_major=False, split_const=True
+        )
+        right = mma_utils.create_descriptor(b, swizzle=128, group_size=(64, 8), logical_k_major=True, split_const=True)
+        registers = None
+        nvvm.wgmma_fence_aligned()
+        for k in range(0, ROWS, 16):
+            registers = _wgmma(registers, _descriptor(left, k, 64), _descriptor(right, k, 64), 8, False, True)
+        _assembly("wgmma.commit_group.sync.aligned;")
+        return _array(_IN_FLIGHT, (64, 8), np.array(registers))
+
+    return inline(staged, ones)
+
+
+def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
+    """The result of a product once at most `in_flight` later ones have not ended."""
+    if simulated:
+        return v
+
+    @plgpu.inline_mgpu(arg_types=(_IN_FLIGHT,), return_type=plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=WG))
+    def inline(ctx, array):
+        _assembly(f"wgmma.wait_group.sync.aligned {in_flight};")
+        return fragmented_array.optimization_barrier(array).to_layout(WG.to_mgpu())
+
+    return inline(v)
+
+
+def begin(v: jax.Array, simulated: bool) -> jax.Array:
+    """[64, n] float32 as what a product adds to."""
+    if simulated:
+        return v
+    out = plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=_IN_FLIGHT)
+    return plgpu.inline_mgpu(arg_types=(WG,), return_type=out)(lambda ctx, v: v.to_layout(_IN_FLIGHT.to_mgpu()))(v)
+
+
+def _matrix_shape(ref) -> tuple[int, int]:
+    if len(ref.shape) == 2:
+        return ref.shape
+    if len(ref.shape) == 3:  # [2, T, w]
+        return ref.shape[0] * ref.shape[1], ref.shape[2]
+    return 16 * ref.shape[-5] * (ref.shape[0] if len(ref.shape) == 6 else 1), 128
+
+
+def _matrix(ref) -> jax.Array:
+    v = ref[...]
+    if v.ndim > 3:
+        v = jnp.swapaxes(v, -3, -2)
+    return v.reshape(_matrix_shape(ref))
+
+
+def _type(ref) -> plgpu.RefType:
+    swizzle = plgpu.SwizzleTransform(min(128, 2 * ref.shape[-1]))
+    return plgpu.RefType((plgpu.TilingTransform((8, 64)), swizzle) if len(ref.shape) == 2 else (swizzle,))
+
+
+def _tiles(memory: ir.Value, width: int) -> ir.Value:
+    """Shared memory as blocks of 8 rows: [rows / 8, columns / width, 8, width]."""
+    shape = ir.MemRefType(memory.type).shape
+    if len(shape) == 4:
+        return memory
+    if len(shape) == 3:
+        memory = mgpu.utils.memref_fold(memory, 0, 2)
+        return mgpu.utils.memref_unsqueeze(mgpu.utils.memref_unfold(memory, 0, (None, 8)), 1)
+    return mgpu.utils.memref_fold(memory, 0, len(shape) - 3)
+
+
+def _descriptor(parts, k: int, deep: int) -> tuple[ir.Value, int, int]:
+    """Of an operand, from its row or column k on: its low 32 bits as a value and what is to be added, its high bits."""
+    ((base, constant), (_, steps)), (_, group_stride), _ = parts
+    group, within = divmod(k, deep)
+    offset = mma_utils.encode_addr(group * group_stride) + (within // 16) * mma_utils.encode_addr(steps[0])
+    return base, offset + (constant & 0xFFFFFFFF), constant >> 32
+
+
+def _wgmma(
+    acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transpose_a: bool = False
+) -> list[ir.Value]:
+    """One instruction, 16 deep; `a`: 4 registers or a descriptor.
+
+    Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
+    registers.
+    """
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    count = n // 2
+    inputs, names, code = [], {}, ""
+    first = 2 * count if acc else count
+    if isinstance(a, list):
+        inputs += a
+        names["a"] = f"{{{', '.join(f'${first + k}' for k in range(4))}}}"
+    for name, operand in (("a", a), ("b", b)):
+        if isinstance(operand, tuple):
+            base, low, high = operand
+            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; mov.b64 {name}, {{low_{name}, {high}}}; "
+            inputs.append(base)
+            names[name] = name
+    code = (
+        "{ .reg .pred p; .reg .b32 low_a, low_b; .reg .b64 a, b; "
+        + code
+        + f"setp.ne.b32 p, {int(acc is not None)}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(f'${k}' for k in range(count))}}}, "
+        f"{names['a']}, b, p, 1, 1{'' if isinstance(a, list) else f', {int(transpose_a)}'}, {int(transpose)}; }}"
+    )
+    constraints = ["=f"] * count + ([str(k) for k in range(count)] if acc else []) + ["r"] * len(inputs)
+    outputs = llvm.inline_asm(
+        llvm.StructType.get_literal([one] * count), [*(acc or ()), *inputs], code, ",".join(constraints),
+        asm_dialect=0, has_side_effects=True,
+    )  # fmt: skip
+    return [llvm.extractvalue(one, outputs, [k]) for k in range(count)]
+
+
+def _assembly(code: str) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
+
+
+def _words(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    return [_word(v) for v in array.registers.flat]
+
+
+def _word(register: ir.Value) -> ir.Value:
+    """Two bfloat16 numbers as an integer."""
+    word = vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), register)
+    return vector.extract(word, [], [0])
+
+
+def _array(layout, shape: tuple[int, ...], registers: np.ndarray) -> mgpu.FragmentedArray:
+    layout = layout.to_mgpu()
+    out = np.empty(layout.registers_shape(shape), dtype=object)
+    out.flat[:] = list(registers.flat)
+    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)

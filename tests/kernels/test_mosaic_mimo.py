@@ -1,0 +1,143 @@
+"""The MIMO scan in Mosaic GPU: where JAX can interpret it, its results; its derivative; that it lowers for a GPU."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("jax_triton", exc_type=ImportError)
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
+
+from m3jax.kernels import mamba3_scan
+from m3jax.kernels.mamba3.inputs import Inputs, Sequence, Weights
+from tests import tolerances
+from tests.kernels import interpreter
+from tests.kernels.cases import Case, make, make_state
+from tests.kernels.mosaic_cases import NARROW, documents, interpreted
+
+if jax.__version_info__ >= (0, 11):
+    from m3jax.kernels.mamba3.mosaic import mimo_forward, scan
+    from m3jax.kernels.mamba3.mosaic.mimo_forward import T
+    from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
+else:
+    pytest.skip("the kernels need jax 0.11", allow_module_level=True)
+
+CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(-2, 1))
+
+
+def _arguments(case: Case):
+    """(arguments by name, state) as a layer passes them."""
+    args = {name: jnp.asarray(v, jnp.bfloat16 if name in NARROW else v.dtype) for name, v in make(case, "f4").items()}
+    state = jax.tree.map(jnp.asarray, make_state(case, "f4"))
+    return args, state._replace(x=state.x.astype(jnp.bfloat16))
+
+
+@interpreted
+@pytest.mark.parametrize(("case", "segments", "packed"), [
+    (CASE, 1, False),
+    (dataclasses.replace(CASE, b=2, l=2 * T + 8, h=4, g=2), 1, False),
+    (dataclasses.replace(CASE, l=5 * T + 1), 2, False),
+    (dataclasses.replace(CASE, l=5 * T + 1, h=1), 3, False),
+    (dataclasses.replace(CASE, l=1), 1, False),
+    (dataclasses.replace(CASE, r=2, l=2 * T + 3), 2, False),
+    (dataclasses.replace(CASE, l=2 * T + 2, log_dt=(0, 3), log_decay=(-6, -4)), 1, False),
+    (dataclasses.replace(CASE, l=2 * T, log_dt=(1, 3), log_decay=(2, 6)), 2, False),
+    (dataclasses.replace(CASE, b=2, l=4 * T + 8, h=1), 2, True),
+    (dataclasses.replace(CASE, l=3 * T, h=1, r=2), 1, True),
+], ids=["one_chunk", "groups", "two_segments", "three_segments", "one_token", "rank_2", "large_steps", "strong_decay",
+        "documents", "documents_rank_2"])  # fmt: skip
+def test_matches_reference(monkeypatch, case, segments, packed):
+    from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
+
+    mosaic_interpreter.use(monkeypatch, segments)
+    args, state = _arguments(case)
+    options = {"segment_ids": documents(case) if packed else None, "return_state": True}
+
+    @jax.jit
+    def run(args, state):
+        return mamba3_scan(**args, initial_state=state, implementation="mosaic", **options)
+
+    (y, final), again = run(args, state), run(args, state)
+    jax.tree.map(np.testing.assert_array_equal, (y, final), again)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), (args, state))
+        y_exact, exact = mamba3_scan(**wide[0], initial_state=wide[1], implementation="reference", **options)
+    assert (y.dtype, final.ssm.dtype, final.x.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    tolerance = tolerances.narrow_rms("bfloat16", roundings=6)  # B, C and weights, X, H, the result
+    assert tolerances.rms_ratio(y, y_exact) <= tolerance
+    assert tolerances.rms_ratio(final.ssm, exact.ssm) <= tolerance
+    turn = tolerances.rounding("float32", case.l) * max(1.0, math.exp(case.log_dt[1]) * math.pi)
+    turn = max(turn, tolerances.phase_walk(1))
+    tolerances.assert_phase_close(final.angle, exact.angle, turn, "angle")
+    assert tolerances.rms_ratio(final.b, exact.b) <= turn
+    np.testing.assert_array_equal(final.x, args["x"][:, -1])
+
+
+@interpreted
+def test_without_a_state_or_weights_that_may_be_absent(monkeypatch):
+    from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
+
+    mosaic_interpreter.use(monkeypatch, 2)
+    args, _ = _arguments(dataclasses.replace(CASE, l=T + 9, h=1, r=2))
+    args = {name: args[name] for name in (*Sequence._fields, "mimo_x")}
+    y = mamba3_scan(**args, implementation="mosaic")
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), args)
+        expected = mamba3_scan(**wide, implementation="reference")
+    assert tolerances.rms_ratio(y, expected) <= tolerances.narrow_rms("bfloat16", roundings=6)
+
+
+def test_needs_the_triton_kernels(monkeypatch):
+    monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
+    args, _ = _arguments(dataclasses.replace(CASE, l=1))
+    with pytest.raises(ValueError, match='"mosaic" cannot run here: the default device is a cpu'):
+        mamba3_scan(**args, implementation="mosaic")
+
+
+@pytest.mark.parametrize("return_state", [True, False])
+def test_gradients_are_those_of_the_triton_kernels(monkeypatch, return_state):
+    interpreter.use(monkeypatch)
+    monkeypatch.setattr(scan, "launch", interpreter.launch)
+    monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
+    args, state = _arguments(dataclasses.replace(CASE, l=9, h=1, r=2))
+    packing = jnp.asarray([[3, 3, 3, 3, 1, 1, 2, 2, 2]])
+
+    def loss(implementation):
+        def projected(args, state):
+            out = mamba3_scan(
+                **args, initial_state=state, segment_ids=packing, return_state=return_state,
+                implementation=implementation,
+            )  # fmt: skip
+            return sum(jnp.sum(v.astype(jnp.float32) ** 2) for v in jax.tree.leaves(out))
+
+        return jax.jit(jax.value_and_grad(projected, argnums=(0, 1)))
+
+    actual, expected = (loss(implementation)(args, state) for implementation in ("mosaic", "triton"))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("case", [
+    dataclasses.replace(CASE, l=4 * T, h=4, g=2),
+    dataclasses.replace(CASE, l=3 * T, r=2),
+    dataclasses.replace(CASE, l=T + 1),
+], ids=["groups", "rank_2", "rest"])  # fmt: skip
+@pytest.mark.parametrize("segments", [1, 2])
+def test_lowers_for_a_gpu(case, segments):
+    """Without the Triton kernels, which run in an interpreter here."""
+    b, h, chunks = case.b, case.h, math.ceil(case.l / T)
+    args = jax.eval_shape(lambda: _arguments(case)[0])
+    seq, weights = (kind(**{name: args[name] for name in kind._fields if name in args} | missing)
+                    for kind, missing in ((Sequence, {}), (Weights, {"norm_weight": None})))  # fmt: skip
+    shape = jax.ShapeDtypeStruct
+    inputs = Inputs(seq, weights, shape((b, h, P, N), "f4"), shape((b, h, S), "f4"), None)
+    prepared = mimo_forward.Prepared(
+        shape((b, h, chunks, COEFFICIENTS, T), "f4"), shape((b, chunks * T, 2 * S), "bfloat16"),
+        shape((b, h, chunks, S), "f4"),
+    )  # fmt: skip
+    run = jax.jit(functools.partial(mimo_forward.forward_in_segments, segments=segments))
+    text = run.trace(inputs, prepared).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == segments  # the states of segments first, if there are several
