@@ -268,9 +268,7 @@ def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
     def inline(ctx, a, b):
         a = mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(a, 0, 2), 1)
         a, b = (mgpu.utils.memref_transpose(v, (1, 0, 3, 2)) for v in (a, b))
-        left = mma_utils.create_descriptor(
-            a, swizzle=128, group_size=(64, 64), logical_k_major=False, split_const=True
-        )
+        left = mma_utils.create_descriptor(a, swizzle=128, group_size=(64, 64), logical_k_major=False, split_const=True)
         right = mma_utils.create_descriptor(b, swizzle=128, group_size=(64, 8), logical_k_major=True, split_const=True)
         registers = None
         nvvm.wgmma_fence_aligned()
@@ -342,9 +340,7 @@ def _descriptor(parts, k: int, deep: int) -> tuple[ir.Value, int, int]:
     return base, offset + (constant & 0xFFFFFFFF), constant >> 32
 
 
-def _wgmma(
-    acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transpose_a: bool = False
-) -> list[ir.Value]:
+def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transpose_a: bool = False) -> list[ir.Value]:
     """One instruction, 16 deep; `a`: 4 registers or a descriptor.
 
     Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
