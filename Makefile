@@ -1,5 +1,5 @@
 # make train: a small Mamba-3 MIMO model on the bundled text, from a bare machine.  make test: the whole CPU suite.
-# make test-gpu: the kernels' tests and timings on a GPU.
+# make test-gpu: the kernels' tests and timings on a GPU.  make test-mosaic: the Mosaic GPU kernels interpreted on a CPU.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -7,7 +7,7 @@ RUN := runs/tiny_mimo
 # Large allocations in 2 MiB pages: a training step on a CPU is 1.2 times as fast (docs/performance.md).
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: train test test-gpu lint wheel
+.PHONY: train test test-gpu test-mosaic lint wheel
 
 train: $(VENV)/installed
 	@mkdir -p $(RUN)
@@ -35,6 +35,11 @@ test-gpu:
 	@mkdir -p $(MEASUREMENTS)
 	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json --commit "$(COMMIT)"
 	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json --commit "$(COMMIT)"
+
+# With a Python of 3.12 or later that has jax 0.11, flax, jax-triton and the rest of what the suite needs.
+test-mosaic: export PYTHONPATH := .
+test-mosaic:
+	@$(GPU_PYTHON) -m pytest tests/kernels/test_mosaic_*.py
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .

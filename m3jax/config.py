@@ -48,7 +48,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     state_dtype: str = "float32"  # of the recurrent state carried between calls
     chunk_size: int | None = None  # None = the scan's own choice
-    scan_implementation: str | None = None  # reference, xla or triton, of scan and step; None = the fastest here
+    scan_implementation: str | None = None  # mosaic, reference, triton or xla; None = the fastest
     remat: str = "full"  # what the backward recomputes per layer: none, dots (all but matmuls) or full
     scan_layers: bool = True  # one loop over the layers; False: none, for faster steps and longer compilation
 

@@ -3,6 +3,7 @@
 With `-m gpu` (`make test-gpu`) instead the GPU that is there, for which Triton compiles.
 """
 
+import importlib.metadata
 import itertools
 import os
 import sys
@@ -13,6 +14,9 @@ if ("-m", "gpu") not in itertools.pairwise(sys.argv):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
+    if int(importlib.metadata.version("jax").split(".")[1]) >= 11:
+        # Where Mosaic GPU kernels can be interpreted: their warpgroups block threads, of which there must be enough.
+        os.environ |= {"NPROC": "16", "PJRT_NPROC": "16"}
 
 import jax
 import pytest

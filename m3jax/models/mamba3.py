@@ -57,9 +57,11 @@ class Mamba3Mixer(nn.Module):
             def scan(rows: dict, shared: dict) -> jax.Array | tuple[jax.Array, Mamba3State]:
                 return mamba3_scan(**rows, **shared, **options)
 
-            y = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": state}, weights)
-            if state is not None:
-                y, state = y
+            result = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": state}, weights)
+            if state is None:
+                y = result
+            else:
+                y, state = result
                 state = state._replace(ssm=state.ssm.astype(m.state_dtype))
         y = y.reshape(*u.shape[:-1], m.d_inner)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)

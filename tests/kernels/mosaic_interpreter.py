@@ -1,6 +1,6 @@
 """Runs the Mosaic GPU kernels on a CPU, in JAX's interpreter for them, which needs two things added.
 
-Its warpgroups block threads of the CPU client, of which there must be enough: set NPROC=16 PJRT_NPROC=16.
+Its warpgroups block threads of the CPU client, of which there must be enough (tests/conftest.py).
 """
 
 import functools

@@ -10,17 +10,16 @@ import pytest
 pytest.importorskip("jax_triton", exc_type=ImportError)
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 
-from m3jax.kernels import Mamba3State, mamba3_scan
-from m3jax.kernels.mamba3.ends import number_documents
+from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs
 from m3jax.kernels.mamba3.mosaic import scan
+from m3jax.kernels.mamba3.mosaic.forward import in_chunks
 from m3jax.kernels.mamba3.mosaic.pieces import T
 from m3jax.kernels.mamba3.mosaic.state_gradients import state_gradients
 from tests import tolerances
-from tests.kernels.cases import differentiated
-from tests.kernels.mosaic_cases import CASE, arguments, documents, interpreted, split
+from tests.kernels.cases import Case, differentiated
+from tests.kernels.mosaic_cases import CASE, arguments, chunk_states, documents, needs_new_jax, split, wide
 
-SEQUENCE = ("x", "z", "b", "c", "dt", "a", "lam", "omega")
 CASES = [
     (dataclasses.replace(CASE, b=2, l=2 * T + 9, h=4, g=2), 1, False),
     (dataclasses.replace(CASE, l=5 * T), 3, False),
@@ -30,127 +29,95 @@ CASES = [
 NAMES = ["groups", "segments", "documents", "strong_decay"]
 
 
-def _inputs(args, state: Mamba3State, packing) -> Inputs:
-    """As the scan makes them; the state's half step is left out."""
-    document = None if packing is None else number_documents(jnp.asarray(packing))
-    return Inputs(*split(args), state.ssm, state.angle, document)
-
-
-def _rest(args, packing, start: int) -> dict:
-    """Arguments of the scan from a token on, in float64."""
-    wide = {name: jnp.asarray(np.asarray(v, np.float64)) for name, v in args.items()}
-    wide |= {name: wide[name][:, start:] for name in SEQUENCE}
-    return wide | {"segment_ids": None if packing is None else packing[:, start:]}
-
-
-def _state(case, ssm, angle) -> Mamba3State:
-    """One whose last token adds nothing more."""
-    zeros = Mamba3State.zeros(case.b, case.h, case.p, case.n, 1, case.s, jnp.float64)
-    return zeros._replace(ssm=ssm, angle=jnp.asarray(np.asarray(angle, np.float64)))
-
-
-def _continues(packing, start: int) -> np.ndarray | bool:
-    """Whether a token is of the same document as the one before it, [b, 1, 1, 1]."""
-    return True if packing is None else (packing[:, start] == packing[:, start - 1])[:, None, None, None]
-
-
-@interpreted
-@pytest.mark.parametrize(("case", "segments", "packed"), CASES, ids=NAMES)
-def test_states_match_reference(monkeypatch, case, segments, packed):
-    """H before a chunk is the state that leaves the tokens before it, with the half step due to the last of them."""
+def _setup(monkeypatch, case: Case, segments: int, packed: bool):
+    """(arguments by name, state, documents, the scan's inputs without the state's half step, seeded gradients)."""
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, segments)
     args, state = arguments(case)
     packing = documents(case) if packed else None
-    inputs = _inputs(args, state, packing)
-    run = jax.jit(lambda v: scan.forward_in_segments(v, segments, True, mosaic_interpreter.INTERPRET))
-    y, ssm, angle, prepared, chunk_ssm = run(inputs)
-    plain = jax.jit(lambda v: scan.forward_in_segments(v, segments, interpret=mosaic_interpreter.INTERPRET))(inputs)
-    jax.tree.map(np.testing.assert_array_equal, plain, (y, ssm, angle))
-    assert chunk_ssm.dtype == jnp.bfloat16 and chunk_ssm.shape[2] == -(-case.l // T)
-    tolerance = tolerances.narrow_rms("bfloat16", roundings=4)  # B, scaled X, H before the chunk, H
-    for chunk in range(chunk_ssm.shape[2]):
-        start = chunk * T
-        with jax.enable_x64(True):
-            expected = np.asarray(state.ssm, np.float64)
-            if chunk:
-                before = _rest({k: v[:, :start] if k in SEQUENCE else v for k, v in args.items()}, packing, 0)
-                before["segment_ids"] = None if packing is None else packing[:, :start]
-                first = _state(case, jnp.asarray(expected), state.angle)
-                _, left = mamba3_scan(**before, initial_state=first, implementation="reference", return_state=True)
-                token = {k: np.asarray(args[k], np.float64)[:, start] for k in ("dt", "lam")}
-                due = (1 - token["lam"]) * token["dt"]  # [b, h]
-                half_step = np.asarray(left.x)[..., :, None] * np.asarray(left.b)[:, :, 0, None, :]
-                # The decay of a document's first token, which lets nothing in, comes with that token.
-                half_step = np.where(_continues(packing, start), due[..., None, None] * half_step, 0)
-                expected = np.asarray(left.ssm) + half_step
-                turned = np.asarray(prepared.starts[:, :, chunk], np.float64) - np.asarray(left.angle)
-                expected = _turn(expected, turned)
-        assert tolerances.rms_ratio(chunk_ssm[:, :, chunk], expected) <= tolerance
-
-
-def _turn(v: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """[b, h, p, n] by angles [b, h, s]."""
-    s = angle.shape[-1]
-    cos, sin = np.cos(angle)[:, :, None], np.sin(angle)[:, :, None]
-    real, imag = v[..., :s], v[..., s : 2 * s]
-    return np.concatenate([real * cos - imag * sin, real * sin + imag * cos, v[..., 2 * s :]], axis=-1)
-
-
-@interpreted
-@pytest.mark.parametrize(("case", "segments", "packed"), CASES, ids=NAMES)
-def test_state_gradients_match_reference(monkeypatch, case, segments, packed):
-    """G after a chunk is the gradient of the rest of the sequence with respect to the state before it."""
-    from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
-
-    mosaic_interpreter.use(monkeypatch, segments)
-    args, state = arguments(case)
-    packing = documents(case) if packed else None
-    inputs = _inputs(args, state, packing)
+    inputs = Inputs(*split(args), state.ssm, state.angle, None if packing is None else jnp.asarray(packing))
     rng = np.random.default_rng(5)
     dy = jnp.asarray(rng.normal(size=args["x"].shape), jnp.bfloat16)
     dssm = jnp.asarray(rng.normal(size=state.ssm.shape), jnp.float32)
-    prepared, _ = jax.jit(scan.prepare)(inputs)
-    given = scan.operands(inputs)
+    return args, state, packing, inputs, (dy, dssm)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_states_by_hand_are_those_of_the_reference(packed):
+    """What the next two tests and those of the main kernel compare with."""
+    case = dataclasses.replace(CASE, b=2, l=2 * T + 9, h=2)
+    args, state = arguments(case, jnp.float32)
+    # The reference starts phases anew and folds a half step into a state; here neither is to count.
+    state = state._replace(x=jnp.zeros_like(state.x), b=jnp.zeros_like(state.b))
+    packing = documents(case) if packed else None
+    rng = np.random.default_rng(5)
+    dy, dssm = rng.normal(size=args["x"].shape), rng.normal(size=state.ssm.shape) * (not packed)
+    before, _, last, first_grad = chunk_states(args, state, packing, dy, dssm)
+    with jax.enable_x64(True):
+        exact, start = jax.tree.map(lambda v: jnp.asarray(wide(v)), (args, state))
+
+        def ends(length: int, ssm):
+            rows = {k: v[:, :length] if v.shape[:2] == (case.b, case.l) else v for k, v in exact.items()}
+            ids = None if packing is None else packing[:, :length]
+            return mamba3_scan(
+                **rows, initial_state=start._replace(ssm=ssm), segment_ids=ids, implementation="reference",
+                return_state=True,
+            )  # fmt: skip
+
+        def loss(ssm):
+            y, final = ends(case.l, ssm)
+            return jnp.sum(y * dy) + jnp.sum(final.ssm * dssm)
+
+        tolerance = tolerances.rounding("float64", case.l * case.n)
+        tolerances.assert_close(first_grad, jax.jit(jax.grad(loss))(start.ssm), tolerance, "G before the first token")
+        tolerances.assert_close(before[:, :, 0], start.ssm, 0, "H before the first token")
+        if not packed:
+            _, final = ends(case.l, start.ssm)
+            tolerances.assert_close(last, final.ssm, tolerance, "H after the last token")
+
+
+@needs_new_jax
+@pytest.mark.parametrize(("case", "segments", "packed"), CASES, ids=NAMES)
+def test_states_match_those_by_hand(monkeypatch, case, segments, packed):
+    """H before every chunk, saved; saving changes nothing else."""
+    args, state, packing, inputs, (dy, dssm) = _setup(monkeypatch, case, segments, packed)
+    y, ssm, angle, _, chunk_ssm = jax.jit(scan.forward_saving)(inputs)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(scan.forward)(inputs), (y, ssm, angle))
+    assert chunk_ssm.dtype == jnp.bfloat16 and chunk_ssm.shape[2] == -(-case.l // T)
+    expected, *_ = chunk_states(args, state, packing, dy, dssm)
+    tolerance = tolerances.narrow_rms("bfloat16", roundings=4)  # B, scaled X, H before the chunk, H
+    for chunk in range(chunk_ssm.shape[2]):
+        assert tolerances.rms_ratio(chunk_ssm[:, :, chunk], expected[:, :, chunk]) <= tolerance, chunk
+
+
+@needs_new_jax
+@pytest.mark.parametrize(("case", "segments", "packed"), CASES, ids=NAMES)
+def test_state_gradients_match_those_by_hand(monkeypatch, case, segments, packed):
+    args, state, packing, inputs, (dy, dssm) = _setup(monkeypatch, case, segments, packed)
+    from tests.kernels.mosaic_interpreter import INTERPRET  # noqa: PLC0415 (only where its jax is)
 
     @jax.jit
-    def run(dy):
+    def run(inputs, dy):
+        prepared, _ = scan.prepare(inputs)
+        given = scan.operands(inputs)
         return state_gradients(
-            scan.in_chunks(dy), given.z, given.c, prepared, given.c_bias, dssm, segments=segments,
-            interpret=mosaic_interpreter.INTERPRET,
-        )  # fmt: skip
+            in_chunks(dy), given.z, given.c, prepared, given.c_bias, dssm, segments=segments, interpret=INTERPRET
+        )
 
-    chunk_grad, first_grad = run(dy)
-    jax.tree.map(np.testing.assert_array_equal, (chunk_grad, first_grad), run(dy))
+    chunk_grad, first_grad = run(inputs, dy)
+    jax.tree.map(np.testing.assert_array_equal, (chunk_grad, first_grad), run(inputs, dy))
     assert (chunk_grad.dtype, first_grad.dtype) == (jnp.bfloat16, jnp.float32)
     assert chunk_grad.shape[2] == -(-case.l // T)
-
-    def exact(start: int) -> np.ndarray:
-        if start >= case.l:
-            return np.asarray(dssm, np.float64)
-        angle = state.angle if start == 0 else prepared.starts[:, :, start // T]
-        with jax.enable_x64(True):
-            weight, last = (jnp.asarray(np.asarray(v, np.float64)) for v in (dy[:, start:], dssm))
-            rest = _rest(args, packing, start)
-
-            def loss(ssm):
-                y, final = mamba3_scan(
-                    **rest, initial_state=_state(case, ssm, angle), implementation="reference", return_state=True
-                )
-                return jnp.sum(y * weight) + jnp.sum(final.ssm * last)
-
-            grad = np.asarray(jax.jit(jax.grad(loss))(jnp.zeros(dssm.shape)))
-        return grad if start == 0 else np.where(_continues(packing, start), grad, 0)
-
+    _, expected, _, expected_first = chunk_states(args, state, packing, dy, dssm)
     tolerance = tolerances.narrow_rms("bfloat16", roundings=4)  # z's half and g, C, the result
     least = tolerances.FLOAT32_UNDERFLOW
     for chunk in range(chunk_grad.shape[2]):
-        assert tolerances.rms_ratio(chunk_grad[:, :, chunk], exact((chunk + 1) * T), least) <= tolerance, chunk
-    assert tolerances.rms_ratio(first_grad, exact(0), least) <= tolerance
+        assert tolerances.rms_ratio(chunk_grad[:, :, chunk], expected[:, :, chunk], least) <= tolerance, chunk
+    assert tolerances.rms_ratio(first_grad, expected_first, least) <= tolerance
 
 
-@interpreted
+@needs_new_jax
 @pytest.mark.parametrize(("case", "segments", "packed"), [
     (dataclasses.replace(CASE, l=T + 9, h=4, g=2), 1, False),
     (dataclasses.replace(CASE, l=3 * T, h=1), 3, False),
@@ -166,8 +133,8 @@ def test_gradients_match_reference(monkeypatch, case, segments, packed):
     options = {"segment_ids": documents(case)} if packed else {}
     actual = differentiated(implementation="mosaic", **options)(args, state)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), (args, state))
-        expected = differentiated(implementation="reference", **options)(*wide)
+        exact = jax.tree.map(lambda v: jnp.asarray(wide(v)), (args, state))
+        expected = differentiated(implementation="reference", **options)(*exact)
     assert actual.keys() == expected.keys()
     # B, C, their products with x or g, H and G, sums of the rows of B's and C's gradients, the result
     tolerance = tolerances.narrow_rms("bfloat16", roundings=6)
@@ -181,7 +148,7 @@ def test_gradients_match_reference(monkeypatch, case, segments, packed):
             assert tolerances.rms_ratio(value, expected[name], least) <= tolerance, name
 
 
-@interpreted
+@needs_new_jax
 def test_gradients_without_a_state(monkeypatch):
     """As a training step has it: no state comes in, and none is asked for."""
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
@@ -198,7 +165,7 @@ def test_gradients_without_a_state(monkeypatch):
 
     actual = jax.jit(jax.grad(loss), static_argnums=1)(args, "mosaic")
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), args)
-        expected = jax.jit(jax.grad(loss), static_argnums=1)(wide, "reference")
+        exact = jax.tree.map(lambda v: jnp.asarray(wide(v)), args)
+        expected = jax.jit(jax.grad(loss), static_argnums=1)(exact, "reference")
     for name, value in actual.items():
         assert tolerances.rms_ratio(value, expected[name]) <= tolerances.narrow_rms("bfloat16", roundings=6), name

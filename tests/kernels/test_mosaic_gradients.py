@@ -15,55 +15,19 @@ from m3jax.kernels.mamba3.cotangents import combine
 from m3jax.kernels.mamba3.ends import number_documents
 from m3jax.kernels.mamba3.inputs import Inputs, Sequence
 from m3jax.kernels.mamba3.mosaic import backward, scan
+from m3jax.kernels.mamba3.mosaic.forward import in_chunks
 from m3jax.kernels.mamba3.mosaic.gradients import gradients
-from m3jax.kernels.mamba3.mosaic.pieces import S, T
+from m3jax.kernels.mamba3.mosaic.pieces import T
 from tests import tolerances
-from tests.kernels.mosaic_cases import CASE, arguments, documents, interpreted, split
+from tests.kernels.mosaic_cases import CASE, arguments, chunk_states, documents, needs_new_jax, split, wide
 
 WEIGHTS = ("b_bias", "c_bias", "d")
-
-
-def _wide(v) -> np.ndarray:
-    return np.asarray(v, np.float64)
-
-
-def _rotated(v: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    real, imag, rest = v[..., :S], v[..., S : 2 * S], v[..., 2 * S :]
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.concatenate([real * cos - imag * sin, real * sin + imag * cos, rest], axis=-1)
-
-
-def chunk_states(args, state: Mamba3State, packing, dy, dssm) -> tuple[np.ndarray, ...]:
-    """H before every chunk, its gradient after every chunk, both at the end they do not include; token by token."""
-    x, z, dt, a, lam, omega = (_wide(args[name]) for name in ("x", "z", "dt", "a", "lam", "omega"))
-    length, heads = x.shape[1:3]
-    angle = _wide(state.angle)[:, None] + np.cumsum(dt[..., None] * omega[:, :, None], axis=1)
-    b, c = (
-        _rotated(np.repeat(v, heads // v.shape[2], axis=2) + _wide(args[f"{name}_bias"])[:, 0], angle)
-        for name, v in ((name, _wide(args[name])[:, :, 0]) for name in "bc")
-    )
-    alpha, half_step = np.exp(dt * a), np.pad(((1 - lam) * dt)[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    if packing is not None:
-        begins = np.pad(packing[:, 1:] != packing[:, :-1], ((0, 0), (1, 0)))
-        alpha = np.where(begins[..., None], 0, alpha)
-        half_step = np.where(np.pad(begins[:, 1:], ((0, 0), (0, 1)))[..., None], 0, half_step)
-    scale = lam * dt + half_step
-    g = _wide(dy) * z / (1 + np.exp(-z))
-    ssm, grad = _wide(state.ssm), _wide(dssm)
-    before, after = [], []
-    for t in range(length):
-        before += [ssm] if t % T == 0 else []
-        ssm = alpha[:, t, :, None, None] * ssm + (scale[:, t, :, None] * x[:, t])[..., None] * b[:, t, :, None]
-    for t in reversed(range(length)):
-        after += [grad] if t == length - 1 or t % T == T - 1 else []
-        grad = alpha[:, t, :, None, None] * (grad + g[:, t, ..., None] * c[:, t, :, None])
-    return np.stack(before, axis=2), np.stack(after[::-1], axis=2), ssm, grad
 
 
 def exact_gradients(args, state: Mamba3State, packing, dy, dssm) -> dict[str, np.ndarray]:
     """Of the sequential scan in float64, by argument, and of the first phase."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda v: jnp.asarray(_wide(v)), (args, state))
+        exact = jax.tree.map(lambda v: jnp.asarray(wide(v)), (args, state))
 
         @jax.jit
         def run(args, state):
@@ -72,12 +36,12 @@ def exact_gradients(args, state: Mamba3State, packing, dy, dssm) -> dict[str, np
             )
             return y, last.ssm
 
-        _, pullback = jax.vjp(run, *wide)
-        of_args, of_state = pullback((jnp.asarray(_wide(dy)), jnp.asarray(_wide(dssm))))
+        _, pullback = jax.vjp(run, *exact)
+        of_args, of_state = pullback((jnp.asarray(wide(dy)), jnp.asarray(wide(dssm))))
         return jax.tree.map(np.asarray, of_args | {"phase": of_state.angle})
 
 
-@interpreted
+@needs_new_jax
 @pytest.mark.parametrize(("case", "block", "packed"), [
     (dataclasses.replace(CASE, h=1), 1, False),
     (dataclasses.replace(CASE, b=2, l=2 * T + 9, h=4, g=2), 2, False),
@@ -107,7 +71,7 @@ def test_matches_reference(monkeypatch, case, block, packed):
         prepared, _ = scan.prepare(inputs)
         x, z, b, c, b_bias, c_bias, d = scan.operands(inputs)
         found = gradients(
-            x, z, scan.in_chunks(dy), b, c, prepared, b_bias, c_bias, d, chunk_ssm, chunk_grad,
+            x, z, in_chunks(dy), b, c, prepared, b_bias, c_bias, d, chunk_ssm, chunk_grad,
             block=block, interpret=mosaic_interpreter.INTERPRET,
         )  # fmt: skip
         return combine(inputs, backward.parts(inputs, prepared, found, first_grad, ssm, dssm), T, None)

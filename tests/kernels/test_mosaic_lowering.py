@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 pytest.importorskip("jax_triton", reason="jax-triton or the jax-cuda plugin is missing", exc_type=ImportError)
 
+from tests.kernels.mosaic_cases import needs_new_jax
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
+
+@needs_new_jax
 def test_forward_and_gradient_lower():
     script = Path(__file__).with_name("lower_mosaic.py")
     environment = {name: v for name, v in os.environ.items() if name not in ("TRITON_INTERPRET", "XLA_FLAGS")}

@@ -14,17 +14,13 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 
 from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs, Sequence, Weights
+from m3jax.kernels.mamba3.mosaic import mimo_forward, scan
+from m3jax.kernels.mamba3.mosaic.mimo_forward import T
+from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
 from tests import tolerances
 from tests.kernels import interpreter
 from tests.kernels.cases import Case, make, make_state
-from tests.kernels.mosaic_cases import NARROW, documents, interpreted
-
-if jax.__version_info__ >= (0, 11):
-    from m3jax.kernels.mamba3.mosaic import mimo_forward, scan
-    from m3jax.kernels.mamba3.mosaic.mimo_forward import T
-    from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
-else:
-    pytest.skip("the kernels need jax 0.11", allow_module_level=True)
+from tests.kernels.mosaic_cases import NARROW, documents, needs_new_jax
 
 CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(-2, 1))
 
@@ -36,7 +32,7 @@ def _arguments(case: Case):
     return args, state._replace(x=state.x.astype(jnp.bfloat16))
 
 
-@interpreted
+@needs_new_jax
 @pytest.mark.parametrize(("case", "segments", "packed"), [
     (CASE, 1, False),
     (dataclasses.replace(CASE, b=2, l=2 * T + 8, h=4, g=2), 1, False),
@@ -77,7 +73,7 @@ def test_matches_reference(monkeypatch, case, segments, packed):
     np.testing.assert_array_equal(final.x, args["x"][:, -1])
 
 
-@interpreted
+@needs_new_jax
 def test_without_a_state_or_weights_that_may_be_absent(monkeypatch):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
@@ -120,6 +116,7 @@ def test_gradients_are_those_of_the_triton_kernels(monkeypatch, return_state):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+@needs_new_jax
 @pytest.mark.parametrize("case", [
     dataclasses.replace(CASE, l=4 * T, h=4, g=2),
     dataclasses.replace(CASE, l=3 * T, r=2),

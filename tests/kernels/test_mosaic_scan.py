@@ -17,7 +17,7 @@ from m3jax.kernels.mamba3.mosaic import backward, scan
 from m3jax.kernels.mamba3.mosaic.pieces import DECAY, OTHER, OWN, STEP_HIGH, STEP_LOW, TO_END, S, T
 from tests import tolerances
 from tests.kernels import interpreter
-from tests.kernels.mosaic_cases import CASE, LARGE_STEPS, arguments, documents, interpreted, split
+from tests.kernels.mosaic_cases import CASE, LARGE_STEPS, arguments, documents, needs_new_jax, split
 
 
 def _scan(args, state, documents=None):
@@ -134,7 +134,7 @@ def test_prepared_numbers(monkeypatch, case, packed):
     assert np.asarray(angle).min() >= 0 and np.asarray(angle).max() < 2 * np.pi
 
 
-@interpreted
+@needs_new_jax
 @pytest.mark.parametrize(("case", "segments", "packed"), [
     (CASE, 1, False),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8, h=4, g=2), 1, False),

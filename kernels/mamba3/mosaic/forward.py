@@ -34,9 +34,10 @@ from jax import lax
 from .pieces import (
     COEFFICIENTS,
     DECAY,
+    GRID,
     HALF,
+    PARAMETERS,
     TO_END,
-    WG,
     N,
     P,
     S,
@@ -57,6 +58,7 @@ from .pieces import (
     turning,
     widen,
 )  # fmt: skip
+from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
 
 
 class Prepared(NamedTuple):
@@ -79,8 +81,10 @@ class Operands(NamedTuple):
     d: jax.Array  # [h] float32
 
 
-_PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
-_GRID = ("batch", "segment", "head")
+def in_chunks(v: jax.Array, positions: int = T) -> jax.Array:
+    """[b, l, ...] with zeros up to a whole number of chunks."""
+    padding = -v.shape[1] % positions
+    return jnp.pad(v, ((0, 0), (0, padding)) + ((0, 0),) * (v.ndim - 2)) if padding else v
 
 
 def output_pass(
@@ -123,7 +127,7 @@ def output_pass(
         (wide, small, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
          x_here, z_here, coefficients_here, bias_here) = refs  # fmt: skip
         raw_b, raw_c = wide.at[0], wide.at[1]
-        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        index, segment, head = (lax.axis_index(name) for name in GRID)
         first = segment * most
         count = jnp.minimum(most, chunks - first) if chunks % segments else most
 
@@ -151,17 +155,10 @@ def output_pass(
         get_x(0, 0)
         pl.when(count > 1)(lambda: get_x(1, 1))
 
-        if ssm is None:
-            state = plgpu.layout_cast(jnp.zeros((P, N), jnp.float32), WG)
-        else:
-            state = plgpu.load(ssm_ref.at[index, head], layout=WG, optimized=False)
+        state = no_state() if ssm is None else load_state(ssm_ref.at[index, head])
         if segments > 1:
-
-            def take(k, state):
-                added = plgpu.load(added_ref.at[index, head, k], layout=WG, optimized=False)
-                return state * decay_ref[index, head, k, 0] + added
-
-            state = lax.fori_loop(0, segment, take, state)
+            at = (index, head)
+            state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment, lambda k: k)
         wide[3] = state.astype(jnp.bfloat16)
         plgpu.barrier_wait(bias_here)
         for bias, narrow in ((bias_b, narrow_b), (bias_c, narrow_c)):
@@ -253,8 +250,8 @@ def output_pass(
             plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_barriers=2), plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(num_arrivals=2),
         ],
-        grid=(batch, segments, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
-        interpret=interpret, compiler_params=_PARAMETERS,
+        grid=(batch, segments, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, b, c, *prepared, b_bias, c_bias, d, *(() if ssm is None else (ssm,)), *(before or ()))  # fmt: skip
 
 
@@ -275,7 +272,7 @@ def state_pass(
         (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, added_ref, decay_ref, raw_b, rate, both_x,
          both_coefficients, both_starts, bias_b, narrow_b, rot, scaled, raw_here, x_here, coefficients_here,
          bias_here) = refs  # fmt: skip
-        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        index, segment, head = (lax.axis_index(name) for name in GRID)
         first = segment * count
 
         def span(ci):
@@ -331,15 +328,13 @@ def state_pass(
             plgpu.commit_smem()  # C
             return state, log_decay + end
 
-        zero = plgpu.layout_cast(jnp.zeros((P, N), jnp.float32), WG)
-        state, log_decay = lax.fori_loop(0, count, chunk, (zero, jnp.float32(0.0)))
-        added_ref[index, head, segment] = state
-        decay_ref[index, head, segment] = jnp.broadcast_to(jnp.exp2(log_decay), (N,))
+        state, log_decay = lax.fori_loop(0, count, chunk, (no_state(), jnp.float32(0.0)))
+        at = (index, head, segment)
+        store_added(added_ref.at[at], decay_ref.at[at], state, log_decay)
 
-    added = jax.ShapeDtypeStruct((batch, heads, segments - 1, P, N), jnp.float32)
     return plgpu.kernel(
         body,
-        out_type=(added, jax.ShapeDtypeStruct((batch, heads, segments - 1, N), jnp.float32)),
+        out_type=added_shapes(batch, heads, segments),
         scratch_types=[
             tile(T, N), tile(T, 2 * S), tile(2, T, P),
             plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
@@ -347,6 +342,6 @@ def state_pass(
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(),
         ],
-        grid=(batch, segments - 1, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
-        interpret=interpret, compiler_params=_PARAMETERS,
+        grid=(batch, segments - 1, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=PARAMETERS,
     )(x, b, *prepared, b_bias)  # fmt: skip

@@ -38,6 +38,7 @@ from .pieces import (
     HALF,
     OTHER,
     OWN,
+    PARAMETERS,
     STEP_HIGH,
     STEP_LOW,
     TO_END,
@@ -68,7 +69,6 @@ from .pieces import (
     widen,
 )  # fmt: skip
 
-_PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)
 _PART = 16  # columns
@@ -407,7 +407,7 @@ def gradients(
             plgpu.Barrier(), plgpu.Barrier(), plgpu.Barrier(),
         ],
         grid=(batch, blocks, chunks), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
-        interpret=interpret, compiler_params=_PARAMETERS,
+        interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, dy, b, c, *prepared, constants, chunk_ssm, chunk_grad)  # fmt: skip
     return Gradients(*arrays)
 

@@ -16,16 +16,13 @@ Shared memory is used without automatic barriers. The warpgroup meets at four po
       before, whose y has left `gate`. Products may start, and this chunk's z may arrive.
   A2  The rest of C is rotated, and X of every rank in `x_rows`. Every warp has read x, ω and the coefficients: those of
       the next chunk may arrive.
-  B   Every warp's products with C and `narrow_h` are done, and H has left if it is saved: they may change, and the next
-      C may arrive.
+  B   Every warp's products with C and `narrow_h` are done: they may change, and the next C may arrive.
   C   Every warp's products with B and `x_rows` are done: they may change, and the next B may arrive. The new H is in
       `narrow_h`, and y in `gate`, where each warp writes only rows whose z it alone has read.
 Before A, A2 and C every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
 """
 
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -35,13 +32,15 @@ from jax import lax
 
 from ..inputs import Inputs
 from . import mimo_pieces as mimo
-from .forward import Prepared
-from .mimo_pieces import POS, ROWS, T, blocks, cols, join, load_pair, product, rows, settle, split, store_pair, widen
+from .forward import Prepared, in_chunks
+from .mimo_pieces import POS, ROWS, T, blocks, cols, join, load_pair, product, settle, split, store_pair
 from .pieces import (
     COEFFICIENTS,
     DECAY,
+    GRID,
     OTHER,
     OWN,
+    PARAMETERS,
     STEP_HIGH,
     STEP_LOW,
     TO_END,
@@ -49,25 +48,27 @@ from .pieces import (
     N,
     P,
     S,
+    cos_sin,
     load_cols,
+    load_rows,
+    load_tile,
     meet,
     opaque_zero,
     publish,
+    rows,
     tile,
+    widen,
 )  # fmt: skip
+from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
 
-_PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
-_GRID = ("batch", "segment", "head")
 _RATES = plgpu.SMEM((1, 2, T, S), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(64),))
-_MAGIC = 1.5 * 2.0**23  # adding it to |v| < 2^22 and taking it away again rounds v to an integer
-_TWO_PI = 2 * math.pi
 
 
 def output_pass(
     x: jax.Array, z: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array, d: jax.Array,
-    ssm: jax.Array, before: tuple[jax.Array, jax.Array] | None, *, segments: int, save: bool = False, interpret=None,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """y and H after the last token, and with `save` H before every chunk, [b, h, chunks, P, N] bfloat16.
+    ssm: jax.Array, before: tuple[jax.Array, jax.Array] | None, *, segments: int, interpret=None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """y and H after the last token.
 
     Args:
       x: [b, l, h, P] bfloat16, as z; l is a whole number of chunks.
@@ -80,7 +81,6 @@ def output_pass(
       ssm: H before the first token, [b, h, P, N] float32.
       before: what `state_pass` returns, if there are several segments.
       segments: of the sequence; all but the last have equally many chunks.
-      save: as above.
       interpret: parameters of the interpreter, if it is to run the kernel.
     """
     batch, length, heads, _ = x.shape
@@ -94,22 +94,15 @@ def output_pass(
          *refs) = refs  # fmt: skip
         if segments > 1:
             added_ref, decay_ref, *refs = refs
-        y_ref, last_ref, *refs = refs
-        if save:
-            saved_ref, *refs = refs
-        (all_b, all_c, all_h, all_x_rows, all_x, all_gate, all_rates, all_here, all_start,
+        (y_ref, last_ref, all_b, all_c, all_h, all_x_rows, all_x, all_gate, all_rates, all_here, all_start,
          early_here, b_here, c_here, z_here) = refs  # fmt: skip
-        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        index, segment, head = (lax.axis_index(name) for name in GRID)
         first = segment * most
         count = jnp.minimum(most, chunks - first) if chunks % segments else most
 
         def get_early(ci):
-            at = (index, head, first + ci)
-            span = pl.ds((first + ci) * T, T)
-            plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[0], early_here)
-            plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[0], early_here)
-            plgpu.copy_gmem_to_smem(rate_ref.at[index, span], all_rates.at[0].transpose((1, 0, 2)), early_here)
-            plgpu.copy_gmem_to_smem(x_ref.at[index, span, head], all_x.at[0], early_here)
+            sources = coefficient_ref, start_ref, rate_ref, x_ref
+            _get_early(sources, (all_here, all_start, all_rates, all_x), early_here, index, head, first + ci)
 
         def get_pairs(ref, to, barrier, ci):
             for pair in range(pairs):
@@ -118,14 +111,10 @@ def output_pass(
         get_early(0)
         get_pairs(c_ref, all_c, c_here, 0)
         get_pairs(b_ref, all_b, b_here, 0)
-        state = plgpu.load(ssm_ref.at[index, head], layout=WG, optimized=False)
+        state = load_state(ssm_ref.at[index, head])
         if segments > 1:
-
-            def take(k, state):
-                added = plgpu.load(added_ref.at[index, head, k], layout=WG, optimized=False)
-                return state * decay_ref[index, head, k, 0] + added
-
-            state = lax.fori_loop(0, segment, take, state)
+            at = (index, head)
+            state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment, lambda k: k)
         all_h[0] = state.astype(jnp.bfloat16)
         plgpu.commit_smem()
         skip = d_ref[head]
@@ -149,8 +138,6 @@ def output_pass(
             publish(simulated)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # A: this, too, makes the warps meet
             plgpu.copy_gmem_to_smem(z_ref.at[index, pl.ds((first + ci) * T, T), head], all_gate.at[0], z_here)
-            if save:
-                plgpu.copy_smem_to_gmem(all_h.at[0], saved_ref.at[index, head, first + ci])
 
             def from_state(pair):
                 return product(None, all_c.at[0, pair], all_h.at[0], simulated, transposed=True)
@@ -163,7 +150,7 @@ def output_pass(
             for pair in range(1, pairs):
                 _rotate(c_rows, pair, mimo.C_BIAS, mimo.C_REST, weight, cos, sin, simulated)
             _expand(x_here, x_rows, weight, simulated)
-            decay = mimo.load_rows(here.at[DECAY])
+            decay = load_rows(here.at[DECAY], POS)
             mix, skips = _mixing(here, decay, skip, row, column)
             from_start = rows(jnp.exp2(decay), P)
             end_decay = jnp.exp2(here[DECAY, T - 1])
@@ -189,10 +176,7 @@ def output_pass(
             if pairs == 1:
                 plgpu.barrier_wait(z_here)
             total = _gate_into(total, pairs - 1, settle(y, 1, simulated), gate, weight, simulated)
-            if save:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # B: this, too, makes the warps meet
-            else:
-                meet(simulated)  # B
+            meet(simulated)  # B
             pl.when(ci + 1 < count)(lambda: get_pairs(c_ref, all_c, c_here, ci + 1))
             gate[...] = total.astype(jnp.bfloat16)
             state = settle(state, 0, simulated)
@@ -210,18 +194,17 @@ def output_pass(
 
         plgpu.wait_smem_to_gmem(0)
 
-    saved = (jax.ShapeDtypeStruct((batch, heads, chunks, P, N), jnp.bfloat16),) if save else ()
     return plgpu.kernel(
         body,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(ssm.shape, ssm.dtype), *saved),
+        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(ssm.shape, ssm.dtype)),
         scratch_types=[
             blocks(1, pairs), blocks(1, pairs), tile(1, P, N), tile(1, ranks * T, P), tile(1, T, P), tile(1, T, P),
             _RATES, plgpu.SMEM((1, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((1, S), jnp.float32),
             plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=pairs), plgpu.Barrier(num_arrivals=pairs),
             plgpu.Barrier(),
         ],
-        grid=(batch, segments, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
-        interpret=interpret, compiler_params=_PARAMETERS,
+        grid=(batch, segments, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, _in_blocks(b, simulated), _in_blocks(c, simulated), *_by_parts(prepared), weights, d, ssm,
       *(before or ()))  # fmt: skip
 
@@ -243,16 +226,12 @@ def state_pass(
     def body(*refs):
         (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, added_ref, decay_ref, both_b, all_x_rows,
          all_x, all_rates, all_here, all_start, early_here, b_here) = refs  # fmt: skip
-        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        index, segment, head = (lax.axis_index(name) for name in GRID)
         first = segment * count
 
         def get_early(ci):
-            at = (index, head, first + ci)
-            span = pl.ds((first + ci) * T, T)
-            plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[0], early_here)
-            plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[0], early_here)
-            plgpu.copy_gmem_to_smem(rate_ref.at[index, span], all_rates.at[0].transpose((1, 0, 2)), early_here)
-            plgpu.copy_gmem_to_smem(x_ref.at[index, span, head], all_x.at[0], early_here)
+            sources = coefficient_ref, start_ref, rate_ref, x_ref
+            _get_early(sources, (all_here, all_start, all_rates, all_x), early_here, index, head, first + ci)
 
         def get_b(ci, slot):
             for pair in range(pairs):
@@ -286,22 +265,20 @@ def state_pass(
             pl.when(ci + 2 < count)(lambda: get_b(ci + 2, slot))
             return state, log_decay + end
 
-        zero = plgpu.layout_cast(jnp.zeros((P, N), jnp.float32), WG)
-        state, log_decay = lax.fori_loop(0, count, chunk, (zero, jnp.float32(0.0)))
-        added_ref[index, head, segment] = state
-        decay_ref[index, head, segment] = jnp.broadcast_to(jnp.exp2(log_decay), (N,))
+        state, log_decay = lax.fori_loop(0, count, chunk, (no_state(), jnp.float32(0.0)))
+        at = (index, head, segment)
+        store_added(added_ref.at[at], decay_ref.at[at], state, log_decay)
 
-    added = jax.ShapeDtypeStruct((batch, heads, segments - 1, P, N), jnp.float32)
     return plgpu.kernel(
         body,
-        out_type=(added, jax.ShapeDtypeStruct((batch, heads, segments - 1, N), jnp.float32)),
+        out_type=added_shapes(batch, heads, segments),
         scratch_types=[
             blocks(2, pairs), tile(1, ranks * T, P), tile(1, T, P), _RATES,
             plgpu.SMEM((1, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((1, S), jnp.float32),
             plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_arrivals=pairs, num_barriers=2),
         ],
-        grid=(batch, segments - 1, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
-        interpret=interpret, compiler_params=_PARAMETERS,
+        grid=(batch, segments - 1, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=PARAMETERS,
     )(x, _in_blocks(b, simulated), *_by_parts(prepared), weights)  # fmt: skip
 
 
@@ -317,22 +294,18 @@ def _turn(here, start, rates, row: jax.Array, column: jax.Array, simulated: bool
     One product finds both parts: its rows hold the high and the low part of Δ, its depth those of ω.
     """
     causal, zero = row >= column, jnp.bfloat16(0)
-    steps = [cols(mimo.load_cols(here.at[k]).astype(jnp.bfloat16)) for k in (STEP_HIGH, STEP_LOW)]
+    steps = [cols(load_cols(here.at[k], POS).astype(jnp.bfloat16)) for k in (STEP_HIGH, STEP_LOW)]
     steps = [jnp.where(causal, v, zero) for v in steps]
     steps = join(*(jnp.concatenate([v, v], axis=1) for v in steps), simulated)
     high, low = split(settle(product(None, steps, rates, simulated), 0, simulated), simulated)
-    angle = (high + low) + cols(mimo.load_cols(start))
-    turns = angle * (1 / _TWO_PI)
-    turns = jnp.round(turns) if simulated else (turns + _MAGIC) - _MAGIC  # XLA would undo the latter
-    angle = angle - turns * _TWO_PI
-    return jnp.cos(angle), jnp.sin(angle)
+    return cos_sin((high + low) + cols(load_cols(start, POS)), simulated)
 
 
 def _rotate(raw, pair: int, bias: int, rest_bias: int, weight, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
     """A pair of ranks of B or C with bias, rotated, in place."""
     raw, both, turned = raw.at[pair], (2 * pair, 2 * pair + 1), []
     for rank, v in zip(both, load_pair(raw, 0, simulated), strict=True):
-        v = widen(v, simulated) + cols(weight(rank, bias))
+        v = widen(v, simulated, POS) + cols(weight(rank, bias))
         real, imag = v[:, :S], v[:, S:]
         parts = [real * cos - imag * sin, real * sin + imag * cos]
         turned.append(jnp.concatenate([part.astype(jnp.bfloat16) for part in parts], axis=1))
@@ -343,7 +316,7 @@ def _rotate(raw, pair: int, bias: int, rest_bias: int, weight, cos: jax.Array, s
 
 def _expand(x_here, x_rows, weight, simulated: bool) -> None:
     """x of every rank."""
-    wide = widen(mimo.load_tile(x_here), simulated)
+    wide = widen(load_tile(x_here, POS), simulated, POS)
     for pair in range(x_rows.shape[0] // ROWS):
         both = [(wide * cols(weight(2 * pair + k, mimo.MIMO_X))).astype(jnp.bfloat16) for k in range(2)]
         x_rows[pl.ds(ROWS * pair, ROWS)] = join(*both, simulated)
@@ -358,8 +331,8 @@ def _to_end(x_rows, to_end: jax.Array) -> jax.Array:
 
 def _mixing(here, decay: jax.Array, skip: jax.Array, row: jax.Array, column: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What multiplies (C_i·B_j) x_j in y_i, [T, T]: 2^(L_i - L_j) s_j below the diagonal, γ_i on it; and D on it."""
-    below = rows(decay, T) - cols(mimo.load_cols(here.at[OTHER]))
-    own = cols(mimo.load_cols(here.at[OWN]))
+    below = rows(decay, T) - cols(load_cols(here.at[OTHER], POS))
+    own = cols(load_cols(here.at[OWN], POS))
     exponent = jnp.where(row > column, below, jnp.where(row == column, own, -jnp.inf))
     return jnp.exp2(exponent), jnp.where(row == column, skip, 0.0)
 
@@ -379,7 +352,7 @@ def _weigh(scores: jax.Array, own: bool, mix: jax.Array, skips: jax.Array, simul
 
 def _gate_into(total: jax.Array | None, pair: int, y: jax.Array, gate, weight, simulated: bool) -> jax.Array:
     """Adds Σ y silu(z) mimo_o over a pair of ranks: [T, P]."""
-    z = widen(mimo.load_tile(gate), simulated)
+    z = widen(load_tile(gate, POS), simulated, POS)
     for rank, y_rank in zip((2 * pair, 2 * pair + 1), split(y, simulated), strict=True):
         half = z * cols(weight(rank, mimo.MIMO_Z))  # of z
         out = y_rank * (half * jnp.tanh(half) + half) * cols(weight(rank, mimo.MIMO_O))
@@ -403,6 +376,16 @@ def _in_blocks(v: jax.Array, simulated: bool) -> jax.Array:
     return v
 
 
+def _get_early(sources, to, barrier, index, head, chunk) -> None:
+    """Coefficients, phases at the start, ω and x of a chunk."""
+    (coefficients, starts, rates, x), at, span = sources, (index, head, chunk), pl.ds(chunk * T, T)
+    here, start, rates_here, x_here = (v.at[0] for v in to)
+    plgpu.copy_gmem_to_smem(coefficients.at[at], here, barrier)
+    plgpu.copy_gmem_to_smem(starts.at[at], start, barrier)
+    plgpu.copy_gmem_to_smem(rates.at[index, span], rates_here.transpose((1, 0, 2)), barrier)
+    plgpu.copy_gmem_to_smem(x.at[index, span, head], x_here, barrier)
+
+
 def _get_pair(ref, chunk, pair: int, group, to, barrier, simulated: bool) -> None:
     if simulated:
         plgpu.copy_gmem_to_smem(ref.at[chunk, pair, group], to, barrier)
@@ -411,21 +394,15 @@ def _get_pair(ref, chunk, pair: int, group, to, barrier, simulated: bool) -> Non
     plgpu.copy_gmem_to_smem(source, to.transpose((0, 3, 1, 2, 4)), barrier)
 
 
-class Operands(NamedTuple):
-    """What the kernels read of the inputs, whole chunks of T positions."""
+def forward_in_segments(
+    inputs: Inputs, prepared: Prepared, segments: int, interpret=None
+) -> tuple[jax.Array, jax.Array]:
+    """y [b, l, h, P] and H after the last token. `prepared` is for chunks of T positions.
 
-    x: jax.Array
-    z: jax.Array
-    b: jax.Array
-    c: jax.Array
-    weights: jax.Array  # packed
-    d: jax.Array
-
-
-def operands(inputs: Inputs) -> Operands:
-    """Absent weights become zeros, or ones where they multiply."""
+    Absent weights become zeros, or ones where they multiply.
+    """
     seq, weights = inputs.seq, inputs.weights
-    heads, ranks = seq.x.shape[2], seq.b.shape[2]
+    length, heads, ranks = *seq.x.shape[1:3], seq.b.shape[2]
 
     def weight(v: jax.Array | None, missing: float, *shape: int) -> jax.Array:
         return jnp.full((heads, *shape), missing, jnp.float32) if v is None else v.astype(jnp.float32)
@@ -434,24 +411,8 @@ def operands(inputs: Inputs) -> Operands:
         *(weight(v, 0.0, ranks, N) for v in (weights.b_bias, weights.c_bias)),
         *(weight(v, 1.0, ranks, P) for v in (weights.mimo_x, weights.mimo_z, weights.mimo_o)),
     )
-    return Operands(*(in_chunks(v) for v in (seq.x, seq.z, seq.b, seq.c)), packed, weight(weights.d, 0.0))
-
-
-def in_chunks(v: jax.Array) -> jax.Array:
-    """[b, l, ...] with positions added for whole chunks; Δ = 0 there: they change no state."""
-    padding = -v.shape[1] % T
-    return jnp.pad(v, ((0, 0), (0, padding)) + ((0, 0),) * (v.ndim - 2)) if padding else v
-
-
-def forward_in_segments(
-    inputs: Inputs, prepared: Prepared, segments: int, interpret=None, save: bool = False
-) -> tuple[jax.Array, ...]:
-    """y [b, l, h, P] and H after the last token, and with `save` H before every chunk.
-
-    `prepared` is for chunks of T positions.
-    """
-    x, z, b, c, packed, d = operands(inputs)
+    x, z, b, c = (in_chunks(v, T) for v in (seq.x, seq.z, seq.b, seq.c))
     how = {"segments": segments, "interpret": interpret}
     before = state_pass(x, b, prepared, packed, **how) if segments > 1 else None
-    y, *states = output_pass(x, z, b, c, prepared, packed, d, inputs.ssm, before, save=save, **how)
-    return y[:, : inputs.seq.x.shape[1]], *states
+    y, ssm = output_pass(x, z, b, c, prepared, packed, weight(weights.d, 0.0), inputs.ssm, before, **how)
+    return y[:, :length], ssm

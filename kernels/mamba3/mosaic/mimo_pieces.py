@@ -1,11 +1,11 @@
 """What the Mosaic GPU kernels for MIMO need besides pieces.py: rows of two ranks, weights by rank, products by hand.
 
 Notation: a chunk has T = 32 positions of R ranks. A [32, w] array, one row per position, lies in registers so that a
-thread has pairs of neighbouring columns in one row (POS); POS_ROW and POS_COL are the layouts of vectors along its rows
-or columns. Row 16 v + 8 k + i of a [64, w] array as the matrix units leave it (WG) is rank k of two, position 8 v + i:
-a thread has both ranks of its position, so what depends on the position alone exists once, and sums over ranks are sums
-of a thread's own numbers. Shared memory holds the rows of a pair of ranks in the same order: B and C, [64, 128] a pair,
-in blocks of 8 rows and 64 columns, [4, 2, 2, 8, 64] by v, k, columns, i and column (BLOCKS).
+thread has pairs of neighbouring columns in one row (POS). Row 16 v + 8 k + i of a [64, w] array as the matrix units
+leave it (WG) is rank k of two, position 8 v + i: a thread has both ranks of its position, so what depends on the
+position alone exists once, and sums over ranks are sums of a thread's own numbers. Shared memory holds the rows of a
+pair of ranks in the same order: B and C, [64, 128] a pair, in blocks of 8 rows and 64 columns, [4, 2, 2, 8, 64] by v,
+k, columns, i and column (BLOCKS).
 
 What is written by hand has a plain twin for the interpreter (`simulated`).
 """
@@ -29,7 +29,6 @@ BLOCKS = (4, 2, 2, 8, 64)
 POS = plgpu.Layout.TILED(
     fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
-POS_ROW, POS_COL = POS.reduce(1), POS.reduce(0)
 _IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
 
 # Weights of a head per rank: biases of the half that rotates, mimo_x, half of mimo_z, mimo_o; biases of the other half,
@@ -43,29 +42,9 @@ def blocks(*shape: int) -> plgpu.SMEM:
     return plgpu.SMEM((*shape, *BLOCKS), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(128),))
 
 
-def rows(v: jax.Array, width: int) -> jax.Array:
-    """[h] along rows → [h, width]."""
-    return lax.broadcast_in_dim(v, (v.shape[0], width), (0,))
-
-
 def cols(v: jax.Array) -> jax.Array:
     """[w] along columns → [T, w]."""
     return lax.broadcast_in_dim(v, (T, v.shape[0]), (1,))
-
-
-def load_rows(ref) -> jax.Array:
-    """A vector of shared memory, one element per position."""
-    return plgpu.load(ref, layout=POS_ROW, optimized=False)
-
-
-def load_cols(ref) -> jax.Array:
-    """A vector of shared memory, one element per column."""
-    return plgpu.load(ref, layout=POS_COL, optimized=False)
-
-
-def load_tile(ref) -> jax.Array:
-    """[T, w] of shared memory."""
-    return plgpu.load(ref, layout=POS)
 
 
 def join(first: jax.Array, second: jax.Array, simulated: bool) -> jax.Array:
@@ -93,25 +72,6 @@ def split(v: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
     @plgpu.inline_mgpu(arg_types=(WG,), return_type=(out, out))
     def inline(ctx, array):
         return tuple(_array(POS, out.shape, array.registers[0, :, 0, 0, half]) for half in range(2))
-
-    return inline(v)
-
-
-def widen(v: jax.Array, simulated: bool) -> jax.Array:
-    """bfloat16 [T, w] → float32, in two integer operations a pair (the compiler's own way takes three)."""
-    if simulated:
-        return v.astype(jnp.float32)
-
-    @plgpu.inline_mgpu(arg_types=(POS,), return_type=plgpu.ShapeDtypeStruct(v.shape, jnp.float32, layout=POS))
-    def inline(ctx, array):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        out = np.empty_like(array.registers)
-        for index, register in np.ndenumerate(array.registers):
-            bits = _word(register)
-            first = arith.bitcast(f32, arith.shli(bits, mgpu.utils.c(16, i32)))
-            second = arith.bitcast(f32, arith.andi(bits, mgpu.utils.c(-65536, i32)))
-            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), [first, second])
-        return _array(POS, v.shape, out)
 
     return inline(v)
 
@@ -180,7 +140,9 @@ def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
             v = lax.bitcast_convert_type(v, dtype).reshape(2, 64)[int(second)]
         return jnp.swapaxes(v.reshape(8 // pairs, 4, pairs, 2), 1, 2).reshape(64)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=POS_COL))
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=POS.reduce(0))
+    )
     def inline(ctx, memory):
         i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
         element = ir.F32Type.get() if dtype == jnp.float32 else ir.BF16Type.get()
@@ -194,7 +156,7 @@ def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
             loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
             pair = ir.VectorType.get((2,), element)
             registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
-        return _array(POS_COL, (64,), np.array(registers))
+        return _array(POS.reduce(0), (64,), np.array(registers))
 
     return inline(ref)
 
@@ -250,34 +212,6 @@ def product(acc: jax.Array | None, a, b, simulated: bool, transposed: bool = Fal
     types = (a_type, _type(b)) + ((_IN_FLIGHT,) if acc is not None else ())
     out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=_IN_FLIGHT)
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
-
-
-def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
-    """Sums over positions of 64 columns of a pair of ranks in shared memory (BLOCKS): [64, 8] by column and rank.
-
-    A product, as `product` returns it. `ones` [8, ROWS] bfloat16 in shared memory: 1 where row k meets rank k, else 0.
-    """
-    staged = staged.at[:, :, columns]
-    if simulated:
-        v = staged[...].reshape(ROWS, 64).astype(jnp.float32)
-        return jnp.dot(v.T, ones[...].astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
-    types = (plgpu.RefType((plgpu.SwizzleTransform(128),)), _type(ones))
-    out = plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=_IN_FLIGHT)
-
-    @plgpu.inline_mgpu(arg_types=types, return_type=out)
-    def inline(ctx, a, b):
-        a = mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(a, 0, 2), 1)
-        a, b = (mgpu.utils.memref_transpose(v, (1, 0, 3, 2)) for v in (a, b))
-        left = mma_utils.create_descriptor(a, swizzle=128, group_size=(64, 64), logical_k_major=False, split_const=True)
-        right = mma_utils.create_descriptor(b, swizzle=128, group_size=(64, 8), logical_k_major=True, split_const=True)
-        registers = None
-        nvvm.wgmma_fence_aligned()
-        for k in range(0, ROWS, 16):
-            registers = _wgmma(registers, _descriptor(left, k, 64), _descriptor(right, k, 64), 8, False, True)
-        _assembly("wgmma.commit_group.sync.aligned;")
-        return _array(_IN_FLIGHT, (64, 8), np.array(registers))
-
-    return inline(staged, ones)
 
 
 def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
@@ -340,7 +274,7 @@ def _descriptor(parts, k: int, deep: int) -> tuple[ir.Value, int, int]:
     return base, offset + (constant & 0xFFFFFFFF), constant >> 32
 
 
-def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transpose_a: bool = False) -> list[ir.Value]:
+def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool) -> list[ir.Value]:
     """One instruction, 16 deep; `a`: 4 registers or a descriptor.
 
     Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
@@ -364,7 +298,7 @@ def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transp
         + code
         + f"setp.ne.b32 p, {int(acc is not None)}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(f'${k}' for k in range(count))}}}, "
-        f"{names['a']}, b, p, 1, 1{'' if isinstance(a, list) else f', {int(transpose_a)}'}, {int(transpose)}; }}"
+        f"{names['a']}, b, p, 1, 1{'' if isinstance(a, list) else ', 0'}, {int(transpose)}; }}"
     )
     constraints = ["=f"] * count + ([str(k) for k in range(count)] if acc else []) + ["r"] * len(inputs)
     outputs = llvm.inline_asm(

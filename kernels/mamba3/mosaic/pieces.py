@@ -1,8 +1,8 @@
 """What the Mosaic GPU kernels share: loads, phases, rotation and masks of one chunk.
 
 Notation: a chunk has T = 64 positions, one warpgroup works on it. A [64, w] array lies in registers as the matrix units
-leave it (WG): a thread has pairs of neighbouring columns in two rows; ROW and COL are the layouts of a vector along its
-rows or its columns. wgmma(acc, a, b) adds a @ b to acc and runs on by itself until it is waited for.
+leave it (WG): a thread has pairs of neighbouring columns in two rows. wgmma(acc, a, b) adds a @ b to acc and runs on by
+itself until it is waited for.
 
 Some pieces exist twice: in plain operations, which the interpreter takes, and by hand where the compiler takes more
 instructions than needed (`simulated` chooses the plain ones).
@@ -28,7 +28,8 @@ COEFFICIENTS = 6
 DECAY, OTHER, OWN, STEP_HIGH, STEP_LOW, TO_END = range(COEFFICIENTS)
 
 WG = plgpu.Layout.WGMMA
-ROW, COL = WG.reduce(1), WG.reduce(0)
+PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+GRID = ("batch", "segment", "head")  # of kernels that walk a segment's chunks
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _MAGIC = 1.5 * 2.0**23  # adding it to |v| < 2^22 and taking it away again rounds v to an integer
 _TWO_PI = 2 * math.pi
@@ -49,19 +50,19 @@ def cols(v: jax.Array, height: int) -> jax.Array:
     return lax.broadcast_in_dim(v, (height, v.shape[0]), (1,))
 
 
-def load_rows(ref) -> jax.Array:
-    """A vector of shared memory, one element per row."""
-    return plgpu.load(ref, layout=ROW, optimized=False)
+def load_rows(ref, layout=WG) -> jax.Array:
+    """A vector of shared memory, one element per row of arrays in `layout`."""
+    return plgpu.load(ref, layout=layout.reduce(1), optimized=False)
 
 
-def load_cols(ref) -> jax.Array:
-    """A vector of shared memory, one element per column."""
-    return plgpu.load(ref, layout=COL, optimized=False)
+def load_cols(ref, layout=WG) -> jax.Array:
+    """A vector of shared memory, one element per column of arrays in `layout`."""
+    return plgpu.load(ref, layout=layout.reduce(0), optimized=False)
 
 
-def load_tile(ref) -> jax.Array:
-    """[64, w] of shared memory."""
-    return plgpu.load(ref, layout=WG)
+def load_tile(ref, layout=WG) -> jax.Array:
+    """[64, w] of shared memory, in another layout with another height."""
+    return plgpu.load(ref, layout=layout)
 
 
 def iotas() -> tuple[jax.Array, jax.Array]:
@@ -71,12 +72,12 @@ def iotas() -> tuple[jax.Array, jax.Array]:
     return row, column
 
 
-def widen(v: jax.Array, simulated: bool) -> jax.Array:
-    """bfloat16 [64, w] → float32, in two integer operations a pair (the compiler's own way takes three)."""
+def widen(v: jax.Array, simulated: bool, layout=WG) -> jax.Array:
+    """bfloat16 in `layout` → float32, in two integer operations a pair (the compiler's own way takes three)."""
     if simulated:
         return v.astype(jnp.float32)
 
-    @plgpu.inline_mgpu(arg_types=(WG,), return_type=plgpu.ShapeDtypeStruct(v.shape, jnp.float32, layout=WG))
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(v.shape, jnp.float32, layout=layout))
     def inline(ctx, array):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
         sixteen, high = _int(16), _int(-65536)
@@ -108,11 +109,15 @@ def turn(coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhil
         return acc[...], done
 
     parts, done = pl.run_scoped(sum_steps, plgpu.ACC((T, 2 * S), jnp.float32))
-    angle = (parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T)
+    return *cos_sin((parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T), simulated), done
+
+
+def cos_sin(angle: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """Of radians, reduced to half a turn before."""
     turns = angle * (1 / _TWO_PI)
     turns = jnp.round(turns) if simulated else (turns + _MAGIC) - _MAGIC  # XLA would undo the latter
     angle = angle - turns * _TWO_PI
-    return jnp.cos(angle), jnp.sin(angle), done
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def turning(raw, bias, cos: jax.Array, sin: jax.Array, simulated: bool) -> jax.Array:
@@ -182,7 +187,7 @@ def pick(v: jax.Array, row: jax.Array, column: jax.Array, offset: int, simulated
     if simulated:
         return jnp.sum(jnp.where(column == lax.rem(row + offset, T), v, 0.0), axis=1)
 
-    @plgpu.inline_mgpu(arg_types=(WG,) * 3, return_type=plgpu.ShapeDtypeStruct((T,), jnp.float32, layout=ROW))
+    @plgpu.inline_mgpu(arg_types=(WG,) * 3, return_type=plgpu.ShapeDtypeStruct((T,), jnp.float32, layout=WG.reduce(1)))
     def inline(ctx, v, row, column):
         assert v.registers.shape[:5] == (1, T // 8, 1, 1, 2) and v.registers.size == T // 4, v.registers.shape
         layout = v.layout.reduce((1,))

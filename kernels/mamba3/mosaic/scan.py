@@ -17,7 +17,7 @@ from ..triton import op as triton
 from ..triton.launch import batch_too_large, launch
 from ..triton.plans import choose_plan
 from . import backward, mimo_forward
-from .forward import Operands, Prepared, output_pass, state_pass
+from .forward import Operands, Prepared, in_chunks, output_pass, state_pass
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
 
@@ -224,12 +224,6 @@ def operands(inputs: Inputs) -> Operands:
         *(in_chunks(v) for v in (seq.x, seq.z, seq.b[:, :, 0], seq.c[:, :, 0])),
         weight(weights.b_bias, heads, 1, N), weight(weights.c_bias, heads, 1, N), weight(weights.d, heads),
     )  # fmt: skip
-
-
-def in_chunks(v: jax.Array) -> jax.Array:
-    """[b, l, ...] with zeros up to a whole number of chunks."""
-    padding = -v.shape[1] % T
-    return jnp.pad(v, ((0, 0), (0, padding)) + ((0, 0),) * (v.ndim - 2)) if padding else v
 
 
 def prepare(inputs: Inputs, positions: int = T) -> tuple[Prepared, jax.Array]:

@@ -23,8 +23,9 @@ from .forward import Prepared
 from .pieces import (
     COEFFICIENTS,
     DECAY,
+    GRID,
     HALF,
-    WG,
+    PARAMETERS,
     N,
     P,
     S,
@@ -41,9 +42,7 @@ from .pieces import (
     turning,
     widen,
 )
-
-_PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
-_GRID = ("batch", "segment", "head")
+from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
 
 
 def state_gradients(
@@ -74,7 +73,7 @@ def state_gradients(
 def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_only: bool, interpret):
     """Walks every segment. `states_only`: but the first, from G = 0; returns what each adds to G, and its decay.
 
-    `after` is what that returned: [b, h, segments - 1, P, N], and [b, h, segments - 1, N] with N times the same.
+    `after` is what that returned (segment_states.py).
     """
     batch, length, heads, _ = dy.shape
     chunks, per_group = length // T, heads // c.shape[2]
@@ -90,7 +89,7 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
         grads_ref, first_ref, *refs = refs
         (raw, rate, both_dy, both_z, both_coefficients, both_starts, bias, narrow_bias, rot, scaled, narrow, raw_here,
          slot_here, bias_here) = refs  # fmt: skip
-        index, segment, head = (lax.axis_index(name) for name in _GRID)
+        index, segment, head = (lax.axis_index(name) for name in GRID)
         if states_only:
             segment = segment + 1
         first = segment * most
@@ -114,18 +113,10 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
         get_raw(0)
         get_slot(0, 0)
         pl.when(count > 1)(lambda: get_slot(1, 1))
-        if last_grad is None:
-            state = plgpu.layout_cast(jnp.zeros((P, N), jnp.float32), WG)
-        else:
-            state = plgpu.load(last_ref.at[index, head], layout=WG, optimized=False)
+        state = no_state() if last_grad is None else load_state(last_ref.at[index, head])
         if after:
-
-            def take(back, state):
-                k = segments - 2 - back
-                added = plgpu.load(added_ref.at[index, head, k], layout=WG, optimized=False)
-                return state * decay_ref[index, head, k, 0] + added
-
-            state = lax.fori_loop(0, segments - 1 - segment, take, state)
+            added, decays, later = added_ref.at[index, head], decay_ref.at[index, head], segments - 1 - segment
+            state = pass_through(state, added, decays, later, lambda back: segments - 2 - back)
         if not states_only:
             narrow[...] = state.astype(jnp.bfloat16)
         plgpu.barrier_wait(bias_here)
@@ -166,8 +157,8 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
 
         state, log_decay = lax.fori_loop(0, count, chunk, (state, jnp.float32(0.0)))
         if states_only:
-            grads_ref[index, head, segment - 1] = state
-            first_ref[index, head, segment - 1] = jnp.broadcast_to(jnp.exp2(log_decay), (N,))
+            at = (index, head, segment - 1)
+            store_added(grads_ref.at[at], first_ref.at[at], state, log_decay)
         else:
 
             @pl.when(segment == 0)
@@ -176,20 +167,19 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
 
             plgpu.wait_smem_to_gmem(0)
 
-    f32 = jnp.float32
-    if states_only:
-        out = ((batch, heads, segments - 1, P, N), f32), ((batch, heads, segments - 1, N), f32)
-    else:
-        out = ((batch, heads, chunks, P, N), jnp.bfloat16), ((batch, heads, P, N), f32)
+    out = (
+        jax.ShapeDtypeStruct((batch, heads, chunks, P, N), jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32),
+    )
     return plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct(*v) for v in out),
+        out_type=added_shapes(batch, heads, segments) if states_only else out,
         scratch_types=[
             tile(T, N), tile(T, 2 * S), tile(2, T, P), tile(2, T, P),
-            plgpu.SMEM((2, COEFFICIENTS, T), f32), plgpu.SMEM((2, S), f32),
-            plgpu.SMEM((1, N), f32), plgpu.SMEM((HALF,), jnp.bfloat16), tile(T, N), tile(T, P), tile(P, N),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
+            plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((HALF,), jnp.bfloat16), tile(T, N), tile(T, P), tile(P, N),
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(),
         ],
-        grid=(batch, segments - states_only, heads), grid_names=_GRID, num_threads=1, thread_name="warpgroup",
-        interpret=interpret, compiler_params=_PARAMETERS,
+        grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=PARAMETERS,
     )(dy, z, c, *prepared, c_bias, *(() if last_grad is None else (last_grad,)), *after)  # fmt: skip
