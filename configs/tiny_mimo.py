@@ -35,9 +35,9 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 8
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_fraction = 0.05
-    config.train.steps = 520
+    config.train.steps = 360
     config.train.log_every = 20
-    config.train.eval_every = 260
+    config.train.eval_every = 180
     config.train.eval_batches = 0
-    config.checkpoint.every = 200
+    config.checkpoint.every = 180
     return config
