@@ -78,8 +78,8 @@ def mamba3_scan(
         continues `initial_state`.
       chunk_size: positions per chunk of the chunked implementations; no influence on the result beyond rounding.
       implementation: "reference" (token by token), "xla" (chunked matrix products, any device), "triton" (kernels for
-        NVIDIA GPUs), "mosaic" (for Hopper GPUs and bfloat16, of the released models' widths: SISO forward and backward,
-        MIMO of rank 2 and 4 forward, with Triton's derivative), or None for the fastest that can run here.
+        NVIDIA GPUs), "mosaic" (for Hopper GPUs and bfloat16, of the released models' widths, SISO and MIMO of rank
+        2 and 4), or None for the fastest that can run here.
       return_state: also return the state after the last token. Its gradient costs time even where it is 0.
 
     Returns:
@@ -178,12 +178,7 @@ def mamba3_step(
 
 
 def _why_not_mosaic(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
-    if mosaic_scan is None:
-        return _NO_MOSAIC
-    reason = mosaic_scan.unsupported(seq, weights, chunk_size)
-    if reason is None and seq.b.shape[2] > 1:
-        reason = _why_not_triton(seq, None)  # whose derivative it is
-    return reason
+    return _NO_MOSAIC if mosaic_scan is None else mosaic_scan.unsupported(seq, weights, chunk_size)
 
 
 def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:

@@ -22,12 +22,17 @@ needs_new_jax = pytest.mark.skipif(
 )
 
 
-def arguments(case: Case, dtype=jnp.bfloat16):
+def mimo_arguments(case: Case, dtype=jnp.bfloat16):
     """(arguments by name, state) as a layer passes them."""
-    args = {name: v for name, v in make(case, "float32").items() if not name.startswith("mimo")}
-    args = {name: jnp.asarray(v, dtype if name in NARROW else v.dtype) for name, v in args.items()}
+    args = {name: jnp.asarray(v, dtype if name in NARROW else v.dtype) for name, v in make(case, "float32").items()}
     state = jax.tree.map(jnp.asarray, make_state(case, "float32"))
     return args, state._replace(x=state.x.astype(dtype))
+
+
+def arguments(case: Case, dtype=jnp.bfloat16):
+    """The same at rank 1, which has no weights of ranks."""
+    args, state = mimo_arguments(case, dtype)
+    return {name: v for name, v in args.items() if not name.startswith("mimo")}, state
 
 
 def split(args) -> tuple[Sequence, Weights]:

@@ -13,7 +13,7 @@ from jax._src import effects
 from jax._src.callback import OrderedIOEffect
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from m3jax.kernels.mamba3.mosaic import backward, scan
+from m3jax.kernels.mamba3.mosaic import scan
 from tests.kernels import interpreter
 
 INTERPRET = plgpu.InterpretGPUParams()
@@ -53,5 +53,4 @@ def use(monkeypatch, segments: int) -> None:
     how = {"segments": segments, "interpret": INTERPRET}
     monkeypatch.setattr(scan, "forward", functools.partial(scan.forward_in_segments, **how))
     monkeypatch.setattr(scan, "forward_saving", functools.partial(scan.forward_in_segments, save=True, **how))
-    monkeypatch.setattr(scan, "mimo", functools.partial(scan.mimo_in_segments, **how))
-    monkeypatch.setattr(scan, "backward_kernels", functools.partial(backward.kernels, **how))
+    monkeypatch.setattr(scan, "backward_kernels", functools.partial(scan.backward_in_segments, **how))

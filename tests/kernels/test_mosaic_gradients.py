@@ -11,8 +11,8 @@ pytest.importorskip("jax_triton", exc_type=ImportError)
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 
 from m3jax.kernels import Mamba3State, mamba3_scan
+from m3jax.kernels.documents import number_documents
 from m3jax.kernels.mamba3.cotangents import combine
-from m3jax.kernels.mamba3.ends import number_documents
 from m3jax.kernels.mamba3.inputs import Inputs, Sequence
 from m3jax.kernels.mamba3.mosaic import backward, scan
 from m3jax.kernels.mamba3.mosaic.forward import in_chunks

@@ -1,4 +1,4 @@
-"""The MIMO scan in Mosaic GPU: where JAX can interpret it, its results; its derivative; that it lowers for a GPU."""
+"""The MIMO scan in Mosaic GPU: where JAX can interpret it, its results; that it lowers for a GPU."""
 
 import dataclasses
 import functools
@@ -14,22 +14,14 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 
 from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs, Sequence, Weights
-from m3jax.kernels.mamba3.mosaic import mimo_forward, scan
+from m3jax.kernels.mamba3.mosaic import mimo_forward
 from m3jax.kernels.mamba3.mosaic.mimo_forward import T
 from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
 from tests import tolerances
-from tests.kernels import interpreter
-from tests.kernels.cases import Case, make, make_state
-from tests.kernels.mosaic_cases import NARROW, documents, needs_new_jax
+from tests.kernels.cases import Case
+from tests.kernels.mosaic_cases import documents, mimo_arguments, needs_new_jax
 
 CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(-2, 1))
-
-
-def _arguments(case: Case):
-    """(arguments by name, state) as a layer passes them."""
-    args = {name: jnp.asarray(v, jnp.bfloat16 if name in NARROW else v.dtype) for name, v in make(case, "f4").items()}
-    state = jax.tree.map(jnp.asarray, make_state(case, "f4"))
-    return args, state._replace(x=state.x.astype(jnp.bfloat16))
 
 
 @needs_new_jax
@@ -50,7 +42,7 @@ def test_matches_reference(monkeypatch, case, segments, packed):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, segments)
-    args, state = _arguments(case)
+    args, state = mimo_arguments(case)
     options = {"segment_ids": documents(case) if packed else None, "return_state": True}
 
     @jax.jit
@@ -78,42 +70,13 @@ def test_without_a_state_or_weights_that_may_be_absent(monkeypatch):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, 2)
-    args, _ = _arguments(dataclasses.replace(CASE, l=T + 9, h=1, r=2))
+    args, _ = mimo_arguments(dataclasses.replace(CASE, l=T + 9, h=1, r=2))
     args = {name: args[name] for name in (*Sequence._fields, "mimo_x")}
     y = mamba3_scan(**args, implementation="mosaic")
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), args)
         expected = mamba3_scan(**wide, implementation="reference")
     assert tolerances.rms_ratio(y, expected) <= tolerances.narrow_rms("bfloat16", roundings=6)
-
-
-def test_needs_the_triton_kernels(monkeypatch):
-    monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
-    args, _ = _arguments(dataclasses.replace(CASE, l=1))
-    with pytest.raises(ValueError, match='"mosaic" cannot run here: the default device is a cpu'):
-        mamba3_scan(**args, implementation="mosaic")
-
-
-@pytest.mark.parametrize("return_state", [True, False])
-def test_gradients_are_those_of_the_triton_kernels(monkeypatch, return_state):
-    interpreter.use(monkeypatch)
-    monkeypatch.setattr(scan, "launch", interpreter.launch)
-    monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
-    args, state = _arguments(dataclasses.replace(CASE, l=9, h=1, r=2))
-    packing = jnp.asarray([[3, 3, 3, 3, 1, 1, 2, 2, 2]])
-
-    def loss(implementation):
-        def projected(args, state):
-            out = mamba3_scan(
-                **args, initial_state=state, segment_ids=packing, return_state=return_state,
-                implementation=implementation,
-            )  # fmt: skip
-            return sum(jnp.sum(v.astype(jnp.float32) ** 2) for v in jax.tree.leaves(out))
-
-        return jax.jit(jax.value_and_grad(projected, argnums=(0, 1)))
-
-    actual, expected = (loss(implementation)(args, state) for implementation in ("mosaic", "triton"))
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @needs_new_jax
@@ -126,7 +89,7 @@ def test_gradients_are_those_of_the_triton_kernels(monkeypatch, return_state):
 def test_lowers_for_a_gpu(case, segments):
     """Without the Triton kernels, which run in an interpreter here."""
     b, h, chunks = case.b, case.h, math.ceil(case.l / T)
-    args = jax.eval_shape(lambda: _arguments(case)[0])
+    args = jax.eval_shape(lambda: mimo_arguments(case)[0])
     seq, weights = (kind(**{name: args[name] for name in kind._fields if name in args} | missing)
                     for kind, missing in ((Sequence, {}), (Weights, {"norm_weight": None})))  # fmt: skip
     shape = jax.ShapeDtypeStruct

@@ -70,6 +70,14 @@ def test_segments_cover_the_sequence(batch, length, heads, positions):
     assert batch * heads * segments <= 1.5 * scan._PROGRAMS or segments == 1
 
 
+@pytest.mark.parametrize(("chunks", "segments", "heads", "groups", "cut"), [
+    (32, 4, 64, 1, (4, 8, 2, 4)), (256, 4, 64, 8, (4, 64, 2, 4)), (6, 2, 2, 1, (2, 4, 2, 2)),
+    (6, 6, 9, 3, (6, 1, 1, 1)), (5, 2, 1, 1, (2, 4, 2, 1)), (1, 1, 6, 3, (1, 1, 1, 2)),
+])  # fmt: skip
+def test_segments_are_whole_pieces(chunks, segments, heads, groups, cut):
+    assert scan.choose_cut(chunks, segments, heads, groups) == cut
+
+
 @pytest.mark.parametrize(("batch", "length", "heads", "groups", "block"), [
     (8, 2048, 64, 1, 64), (1, 2048, 64, 1, 16), (1, 16384, 64, 8, 8), (1, 1, 6, 2, 1),
 ])  # fmt: skip
@@ -89,6 +97,7 @@ def test_blocks_of_heads_fill_the_gpu(batch, length, heads, groups, block):
 def test_prepared_numbers(monkeypatch, case, packed):
     """Against float64; among them several blocks of heads, a rest of a chunk, more chunks than a tile of their sums."""
     monkeypatch.setattr(scan, "launch", interpreter.launch)
+    monkeypatch.setattr(scan, "_CHUNKS", 64)
     args, state = arguments(case)
     document = documents(case) if packed else np.zeros((case.b, case.l), np.int32)
     inputs = Inputs(*split(args), state.ssm, state.angle, jnp.asarray(document) if packed else None)
@@ -140,13 +149,16 @@ def test_prepared_numbers(monkeypatch, case, packed):
     (dataclasses.replace(CASE, b=2, l=3 * T + 8, h=4, g=2), 1, False),
     (dataclasses.replace(CASE, l=5 * T + 1), 2, False),
     (dataclasses.replace(CASE, l=5 * T + 1), 3, False),
+    (dataclasses.replace(CASE, l=3 * T, h=4), 3, False),
+    (dataclasses.replace(CASE, l=3 * T, h=3, g=3), 2, False),
     (dataclasses.replace(CASE, l=1), 1, False),
     (dataclasses.replace(LARGE_STEPS, l=2 * T + 2), 1, False),
     (dataclasses.replace(CASE, l=2 * T, log_dt=(1, 3), log_decay=(2, 6)), 2, False),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8), 1, True),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8), 3, True),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8, h=1, log_decay=(-9, -8)), 1, True),
-], ids=["one_chunk", "groups", "two_segments", "three_segments", "one_token", "large_steps", "strong_decay",
+], ids=["one_chunk", "groups", "two_segments", "three_segments", "four_heads_together",
+        "heads_alone", "one_token", "large_steps", "strong_decay",
         "documents", "documents_segments", "documents_weak_decay"])  # fmt: skip
 def test_matches_reference(monkeypatch, case, segments, packed):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("jax_triton", exc_type=ImportError)
 
-from m3jax.kernels import mamba3_scan
+from m3jax.kernels import SCAN_RESIDUALS, mamba3_scan
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton import scan as triton_scan
 from tests import tolerances
@@ -144,6 +144,19 @@ def test_vmap_and_remat():
         expected = alone(x[i], rest)
         jax.tree.map(lambda a, e, i=i: tolerances.assert_close(a[i], e, tolerance, "vmap"), mapped, expected)
     jax.tree.map(lambda a, e: tolerances.assert_close(a, e, tolerance, "remat"), remat, alone(x[0], rest))
+
+
+def test_a_policy_can_spare_the_second_forward():
+    args = make(dataclasses.replace(SISO, h=1, l=17), "float32")
+    keep = jax.checkpoint_policies.save_only_these_names(SCAN_RESIDUALS)
+
+    def loss(args):
+        return jnp.sum(mamba3_scan(**args, implementation="triton", chunk_size=16) ** 2)
+
+    def launches(f):
+        return str(jax.make_jaxpr(jax.grad(f))(args)).count("pure_callback")
+
+    assert launches(jax.checkpoint(loss, policy=keep)) == launches(loss) < launches(jax.checkpoint(loss))
 
 
 def test_runs_are_bit_equal():

@@ -23,6 +23,7 @@ Shared memory is used without automatic barriers. The warpgroup meets at three p
 Before A and C every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -51,10 +52,11 @@ from .pieces import (
     mixing,
     opaque_zero,
     publish,
+    rates_tile,
     resting,
     rows,
     tile,
-    turn,
+    turn_apart,
     turning,
     widen,
 )  # fmt: skip
@@ -90,7 +92,7 @@ def in_chunks(v: jax.Array, positions: int = T) -> jax.Array:
 def output_pass(
     x: jax.Array, z: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
     b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, ssm: jax.Array | None,
-    before: tuple[jax.Array, jax.Array] | None, *, segments: int, save: bool = False, interpret=None,
+    before: tuple[jax.Array, jax.Array] | None, *, count: int, pieces: int = 0, save: bool = False, interpret=None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
 
@@ -105,13 +107,14 @@ def output_pass(
       d: [h] float32.
       ssm: H before the first token, [b, h, P, N] float32; None = zeros.
       before: what `state_pass` returns, if there are several segments.
-      segments: of the sequence; all but the last have equally many chunks.
+      count: chunks of a segment; the last has what is left.
+      pieces: into which `state_pass` cuts a segment.
       save: whether to return H before every chunk, as the products read it.
       interpret: parameters of the interpreter, if it is to run the kernel.
     """
     batch, length, heads, _ = x.shape
     chunks, per_group = length // T, heads // b.shape[2]
-    most = -(-chunks // segments)
+    segments = -(-chunks // count)
     simulated = interpret is not None
 
     def body(*refs):
@@ -124,12 +127,12 @@ def output_pass(
         y_ref, last_ref, *refs = refs
         if save:
             saved_ref, *refs = refs
-        (wide, small, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
+        (wide, small, rates, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
          x_here, z_here, coefficients_here, bias_here) = refs  # fmt: skip
         raw_b, raw_c = wide.at[0], wide.at[1]
         index, segment, head = (lax.axis_index(name) for name in GRID)
-        first = segment * most
-        count = jnp.minimum(most, chunks - first) if chunks % segments else most
+        first = segment * count
+        mine = jnp.minimum(count, chunks - first) if chunks % count else count
 
         def span(ci):
             return pl.ds((first + ci) * T, T)
@@ -138,7 +141,8 @@ def output_pass(
             group = head // per_group
             plgpu.copy_gmem_to_smem(b_ref.at[index, span(ci), group], raw_b, raw_here)
             plgpu.copy_gmem_to_smem(c_ref.at[index, span(ci), group], raw_c, raw_here)
-            plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci)], small.at[4], raw_here)
+            for part in range(2):
+                plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci), part], rates.at[0, part], raw_here)
 
         def get_x(ci, slot):
             plgpu.copy_gmem_to_smem(
@@ -153,12 +157,12 @@ def output_pass(
         plgpu.copy_gmem_to_smem(c_bias_ref.at[head], bias_c, bias_here)
         get_raw(0)
         get_x(0, 0)
-        pl.when(count > 1)(lambda: get_x(1, 1))
+        pl.when(mine > 1)(lambda: get_x(1, 1))
 
         state = no_state() if ssm is None else load_state(ssm_ref.at[index, head])
         if segments > 1:
             at = (index, head)
-            state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment, lambda k: k)
+            state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment * pieces, lambda k: k)
         wide[3] = state.astype(jnp.bfloat16)
         plgpu.barrier_wait(bias_here)
         for bias, narrow in ((bias_b, narrow_b), (bias_c, narrow_c)):
@@ -172,7 +176,7 @@ def output_pass(
             # in registers, of which there are too few.
             zero = opaque_zero(simulated)
             rot, narrow_h = wide.at[2 + zero], wide.at[3 + zero]
-            scaled, rate, gate = small.at[3 + zero], small.at[4 + zero], small.at[2 + zero]
+            scaled, gate = small.at[3 + zero], small.at[2 + zero]
             if save:
                 plgpu.copy_smem_to_gmem(narrow_h, saved_ref.at[index, head, first + ci])
             here, x_tile = both_coefficients.at[slot], small.at[slot]
@@ -187,13 +191,15 @@ def output_pass(
                 rot[:, pl.ds(HALF, HALF)] = resting(raw_b, narrow_b)
                 return resting(raw_c, narrow_c)
 
-            cos, sin, c_rest = turn(here, both_starts.at[slot], rate, row, column, without_phases, simulated)
+            cos, sin, c_rest = turn_apart(
+                here, both_starts.at[slot], rates.at[zero], row, column, without_phases, simulated
+            )
             rot[:, pl.ds(0, HALF)] = turning(raw_b, bias_b, cos, sin, simulated)
             c_turned = turning(raw_c, bias_c, cos, sin, simulated)
             publish(simulated)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # A: this, too, makes the warps meet
             plgpu.copy_gmem_to_smem(z_ref.at[index, span(ci), head], small.at[2], z_here)
-            pl.when(ci + 1 < count)(lambda: get_raw(ci + 1))
+            pl.when(ci + 1 < mine)(lambda: get_raw(ci + 1))
 
             def products(scores, from_state, from_chunk):
                 plgpu.wgmma(scores, c_turned, rot.at[:, pl.ds(0, HALF)].transpose((1, 0)))
@@ -225,10 +231,10 @@ def output_pass(
             narrow_h[...] = state.astype(jnp.bfloat16)
             plgpu.commit_smem()  # C
             plgpu.copy_smem_to_gmem(gate, y_ref.at[index, span(ci), head])
-            pl.when(ci + 2 < count)(lambda: get_x(ci + 2, slot))
+            pl.when(ci + 2 < mine)(lambda: get_x(ci + 2, slot))
             return state
 
-        state = lax.fori_loop(0, count, chunk, state)
+        state = lax.fori_loop(0, mine, chunk, state)
 
         @pl.when(segment == segments - 1)
         def _():
@@ -243,105 +249,136 @@ def output_pass(
         body,
         out_type=tuple(out_type),
         scratch_types=[
-            tile(4, T, N), tile(5, T, P),  # raw B and C, rotated B, H; X twice, z and y, scaled X, ω
+            tile(4, T, N), tile(4, T, P), rates_tile(1),  # raw B and C, rotated B, H; X twice, z and y, scaled X; ω
             plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
             plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((1, N), jnp.float32),
             plgpu.SMEM((HALF,), jnp.bfloat16), plgpu.SMEM((HALF,), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_barriers=2), plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_barriers=2), plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(num_arrivals=2),
         ],
         grid=(batch, segments, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, b, c, *prepared, b_bias, c_bias, d, *(() if ssm is None else (ssm,)), *(before or ()))  # fmt: skip
+    )(x, z, b, c, *_by_parts(prepared), b_bias, c_bias, d,
+      *(() if ssm is None else (ssm,)), *(before or ()))  # fmt: skip
 
 
 def state_pass(
     x: jax.Array, b: jax.Array, prepared: Prepared, b_bias: jax.Array,
-    *, segments: int, interpret=None,
+    *, pieces: int, count: int, together: int, interpret=None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Of each segment but the last: what it adds to H, [b, h, segments - 1, P, N], and its decay (N times the same).
+    """What each piece of the sequence adds to H, [b, h, pieces, P, N], and its decay, [b, h, pieces, N] (all the same).
 
-    Arguments as in `output_pass`. Shared memory is safe by the points A and C there; B does not occur, as here no
-    product reads H.
+    A program has `together` heads of one group, each with a warpgroup of its own; they share raw B and ω. Chunks are
+    walked backward, so that H never decays: what decays is X, to the end of the piece.
+
+    Shared memory: all that a warpgroup has for itself is safe by two points where it meets. Before the first, the
+    product of the chunk before is done, so that rotated B and scaled X may change; before the second, they are there,
+    and X and the coefficients have been read. Raw B and ω of a chunk may be replaced when every warpgroup has said so.
+
+    Args:
+      x: as in `output_pass`.
+      b: likewise.
+      prepared: likewise.
+      b_bias: likewise.
+      pieces: how many; the first pieces · count chunks.
+      count: chunks of a piece.
+      together: divides the heads of a group.
+      interpret: as in `output_pass`.
     """
-    batch, length, heads, _ = x.shape
-    count, per_group = -(-(length // T) // segments), heads // b.shape[2]
+    batch, _, heads, _ = x.shape
+    per_group = heads // b.shape[2]
     simulated = interpret is not None
 
     def body(*refs):
-        (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, added_ref, decay_ref, raw_b, rate, both_x,
-         both_coefficients, both_starts, bias_b, narrow_b, rot, scaled, raw_here, x_here, coefficients_here,
-         bias_here) = refs  # fmt: skip
-        index, segment, head = (lax.axis_index(name) for name in GRID)
-        first = segment * count
+        (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, added_ref, decay_ref, raw, rates, all_x,
+         all_rot, all_scaled, all_coefficients, all_starts, all_bias, all_narrow, raw_here, raw_read, x_here,
+         coefficients_here, bias_here) = refs  # fmt: skip
+        index, piece, block = (lax.axis_index(name) for name in GRID)
+        mine = lax.axis_index("warpgroup")
+        head = block * together + mine
+        both_x, both_coefficients, both_starts = all_x.at[mine], all_coefficients.at[mine], all_starts.at[mine]
+        rot, scaled, bias_b, narrow_b = all_rot.at[mine], all_scaled.at[mine], all_bias.at[mine], all_narrow.at[mine]
 
-        def span(ci):
-            return pl.ds((first + ci) * T, T)
+        def chunk_of(step):
+            return (piece + 1) * count - 1 - step
 
-        def get_raw(ci):
-            plgpu.copy_gmem_to_smem(b_ref.at[index, span(ci), head // per_group], raw_b, raw_here)
-            plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci)], rate, raw_here)
+        def get_raw(step, slot):
+            span = pl.ds(chunk_of(step) * T, T)
+            plgpu.copy_gmem_to_smem(b_ref.at[index, span, head // per_group], raw.at[slot], raw_here.at[slot])
+            for part in range(2):
+                plgpu.copy_gmem_to_smem(rate_ref.at[index, span, part], rates.at[slot, part], raw_here.at[slot])
 
-        def get_x(ci, slot):
-            plgpu.copy_gmem_to_smem(
-                coefficient_ref.at[index, head, first + ci], both_coefficients.at[slot], coefficients_here.at[slot]
-            )
-            plgpu.copy_gmem_to_smem(
-                start_ref.at[index, head, first + ci], both_starts.at[slot], coefficients_here.at[slot]
-            )
-            plgpu.copy_gmem_to_smem(x_ref.at[index, span(ci), head], both_x.at[slot], x_here.at[slot])
+        def get_x(step, slot):
+            ci, here = chunk_of(step), coefficients_here.at[mine, slot]
+            plgpu.copy_gmem_to_smem(coefficient_ref.at[index, head, ci], both_coefficients.at[slot], here)
+            plgpu.copy_gmem_to_smem(start_ref.at[index, head, ci], both_starts.at[slot], here)
+            plgpu.copy_gmem_to_smem(x_ref.at[index, pl.ds(ci * T, T), head], both_x.at[slot], x_here.at[mine, slot])
 
-        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], bias_b, bias_here)
-        get_raw(0)
-        get_x(0, 0)
-        if count > 1:
-            get_x(1, 1)
-        plgpu.barrier_wait(bias_here)
+        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], bias_b, bias_here.at[mine])
+        for step in range(min(count, 2)):
+            pl.when(mine == 0)(functools.partial(get_raw, step, step))
+            get_x(step, step)
+        plgpu.barrier_wait(bias_here.at[mine])
         narrow_b[...] = load_cols(bias_b.at[0, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
         plgpu.commit_smem()
 
-        def chunk(ci, carry):
-            state, log_decay = carry
-            slot = lax.rem(ci, 2)
-            here = both_coefficients.at[slot]
-            row, column = iotas()
-            plgpu.barrier_wait(coefficients_here.at[slot])
-            plgpu.barrier_wait(raw_here)
-            plgpu.barrier_wait(x_here.at[slot])
-
-            def without_phases():
-                to_end = load_rows(here.at[TO_END]).astype(jnp.bfloat16)
+        def walk(acc):
+            def chunk(step, log_decay):
+                slot = lax.rem(step, 2)
+                here = both_coefficients.at[slot]
+                row, column = iotas()
+                plgpu.barrier_wait(coefficients_here.at[mine, slot])
+                plgpu.barrier_wait(raw_here.at[slot])
+                cos, sin, _ = turn_apart(
+                    here, both_starts.at[slot], rates.at[slot], row, column, lambda: None, simulated, tight=together > 2
+                )
+                plgpu.barrier_wait(x_here.at[mine, slot])
+                to_end = (load_rows(here.at[TO_END]) * jnp.exp2(log_decay)).astype(jnp.bfloat16)
+                meet(simulated)
                 scaled[...] = load_tile(both_x.at[slot]) * rows(to_end, P)
-                rot[:, pl.ds(HALF, HALF)] = resting(raw_b, narrow_b)
+                rot[:, pl.ds(HALF, HALF)] = resting(raw.at[slot], narrow_b)
+                rot[:, pl.ds(0, HALF)] = turning(raw.at[slot], bias_b, cos, sin, simulated)
+                log_decay = log_decay + here[DECAY, T - 1]
+                plgpu.commit_smem()
 
-            cos, sin, _ = turn(here, both_starts.at[slot], rate, row, column, without_phases, simulated)
-            rot[:, pl.ds(0, HALF)] = turning(raw_b, bias_b, cos, sin, simulated)
-            end = here[DECAY, T - 1]
-            plgpu.commit_smem()  # A; by now X and the coefficients, too, have been read
-            pl.when(ci + 1 < count)(lambda: get_raw(ci + 1))
-            pl.when(ci + 2 < count)(lambda: get_x(ci + 2, slot))
+                @pl.when(step + 2 < count)
+                def _():
+                    get_x(step + 2, slot)
+                    plgpu.barrier_arrive(raw_read.at[slot])
 
-            def update(accs, read):
-                plgpu.wgmma(accs[0], scaled.transpose((1, 0)), rot)
+                    @pl.when(mine == 0)
+                    def _():
+                        plgpu.barrier_wait(raw_read.at[slot])
+                        get_raw(step + 2, slot)
 
-            (state,) = accumulate(update, (state * jnp.exp2(end),), simulated)
-            plgpu.commit_smem()  # C
-            return state, log_decay + end
+                plgpu.wgmma(acc, scaled.transpose((1, 0)), rot)
+                return log_decay
 
-        state, log_decay = lax.fori_loop(0, count, chunk, (no_state(), jnp.float32(0.0)))
-        at = (index, head, segment)
+            log_decay = lax.fori_loop(0, count, chunk, jnp.float32(0.0))
+            return acc[...], log_decay
+
+        state, log_decay = pl.run_scoped(walk, plgpu.ACC((P, N), jnp.float32))
+        at = (index, head, piece)
         store_added(added_ref.at[at], decay_ref.at[at], state, log_decay)
 
+    k = together
     return plgpu.kernel(
         body,
-        out_type=added_shapes(batch, heads, segments),
+        out_type=added_shapes(batch, heads, pieces + 1),
         scratch_types=[
-            tile(T, N), tile(T, 2 * S), tile(2, T, P),
-            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
-            plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((HALF,), jnp.bfloat16), tile(T, N), tile(T, P),
-            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(),
+            tile(2, T, N), rates_tile(2), tile(k, 2, T, P), tile(k, T, N), tile(k, T, P),
+            plgpu.SMEM((k, 2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((k, 2, S), jnp.float32),
+            plgpu.SMEM((k, 1, N), jnp.float32), plgpu.SMEM((k, HALF), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2), plgpu.Barrier(num_arrivals=k, num_barriers=2),
+            plgpu.Barrier(num_barriers=(k, 2)), plgpu.Barrier(num_arrivals=2, num_barriers=(k, 2)),
+            plgpu.Barrier(num_barriers=k),
         ],
-        grid=(batch, segments - 1, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        grid=(batch, pieces, heads // together), grid_names=GRID, num_threads=together, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, b, *prepared, b_bias)  # fmt: skip
+    )(x, b, *_by_parts(prepared), b_bias)  # fmt: skip
+
+
+def _by_parts(prepared: Prepared) -> Prepared:
+    """The rates' parts apart: [b, l, 2, S]."""
+    rates = prepared.rates
+    return prepared._replace(rates=rates.reshape(*rates.shape[:2], 2, S))

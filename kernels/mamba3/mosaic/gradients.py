@@ -11,16 +11,19 @@ has one chunk and walks a block of heads. Per head, with g = dy ⊙ silu(z), M w
 
 Turned back, dB and dC are added up over the heads of the block, as are dω's parts.
 
-The warpgroup SCORES rotates B and C, finds weights and dS, and has dC and the sums of dφ. The warpgroup VALUES has g,
-y, dz, dX and dB, and starts every copy. They share memory without automatic barriers, and wait for one another at:
+The warpgroup SCORES rotates B and C, finds weights and dS, and has dC, <H', G> and the sums of dφ. The warpgroup VALUES
+has g, y, dz, dX and dB. They share memory without automatic barriers, and wait for one another at:
   free    Both are done with the head before, whose dφ is in `weights`: SCORES writes rotated B and C, cos and sin.
   ready   They are written (SCORES), so are g, in place of dy, and dy silu'(z), in place of z (VALUES).
   mixed   Weights, dS and C_i·B_i are written. SCORES has read g, X and the coefficients.
-  scored  SCORES is done with H, G, H' and rotated B, and has written its part of dφ.
-  valued  The products of VALUES have read rotated C: SCORES stages dC there, for the sums of its rows.
+  scored  SCORES is done with H and rotated B, and has written its part of dφ.
 Before one of these every thread publishes (a fence) what copies or products are to read. Within a warpgroup a thread
-overwrites at once what it alone has read, and after the warpgroup has met what its products have read. What arrives
-from global memory has its own barrier.
+overwrites at once what it alone has read, and after the warpgroup has met what its products have read.
+
+What arrives from global memory has its own barrier. All is asked for a head ahead, as soon as its place is free: x, z,
+dy and coefficients of two heads (VALUES, after `ready`) and G of two heads have places of their own; H' is asked for
+with G once <H', G> has read the one before (SCORES), H once both are done with it (VALUES, after `scored`). The three
+arrive at one barrier: its next phase cannot end before both have seen this one, as H comes after VALUES has.
 """
 
 from typing import NamedTuple
@@ -47,7 +50,6 @@ from .pieces import (
     P,
     S,
     T,
-    accumulate,
     anticausal_ones,
     cols,
     iotas,
@@ -55,7 +57,6 @@ from .pieces import (
     load_rows,
     load_tile,
     meet,
-    opaque_zero,
     pick,
     publish,
     put_on_diagonal,
@@ -63,11 +64,11 @@ from .pieces import (
     stash,
     strictly_below,
     tile,
-    turn,
     turning,
     unstash,
     widen,
 )  # fmt: skip
+from .products import begin, column_sums, product, settle, stash_turns, turn_by_hand, unstash_turns
 
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)
@@ -124,18 +125,47 @@ def gradients(
     def body(*refs):
         (x_ref, z_ref, dy_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, constant_ref, ssm_ref, grad_ref,
          dx_ref, dz_ref, db_ref, dc_ref, dbias_ref, vector_ref, domega_ref,
-         raw, wide, both_x, both_z, both_g, small, turns, phase,
-         both_coefficients, both_starts, both_constants, score,
-         raw_here, x_here, small_here, states_here, free, ready, mixed, scored, valued) = refs  # fmt: skip
+         raw, rot, states, both_grad, both_x, both_z, both_g, small, turns, phase, partial,
+         both_coefficients, both_starts, both_constants,
+         raw_here, x_here, small_here, states_here, free, ready, mixed, scored) = refs  # fmt: skip
         index, block_index, ci = (lax.axis_index(name) for name in _GRID)
         warpgroup = lax.axis_index("warpgroup")
         span = pl.ds(ci * T, T)
 
-        def buffers():
-            # Addresses of products must not look constant: the compiler would find all before the loop and keep them in
-            # registers, of which there are too few.
-            zero = opaque_zero(simulated)
-            return [ref.at[k + zero] for ref, count in ((wide, 5), (small, 4)) for k in range(count)]
+        rot_b, rot_c, ssm, following = rot.at[0], rot.at[1], states.at[0], states.at[1]
+        weights, dscores, rate = (small.at[k] for k in range(3))
+        score = both_starts.at[2]
+
+        def at(k):
+            """What depends on the head."""
+            slot, head = lax.rem(k, 2), block_index * block + k
+            return slot, head, both_coefficients.at[slot], both_grad.at[slot], vector_ref.at[index, head, ci]
+
+        def get(k):
+            slot, head, *_ = at(k)
+            for source, target in (
+                (coefficient_ref.at[index, head, ci], both_coefficients.at[slot]),
+                (start_ref.at[index, head, ci], both_starts.at[slot, pl.ds(0, S)]),
+                (constant_ref.at[head], both_constants.at[slot]),
+            ):
+                plgpu.copy_gmem_to_smem(source, target, small_here.at[slot])
+            for source, target in ((dy_ref, both_g), (z_ref, both_z), (x_ref, both_x)):
+                plgpu.copy_gmem_to_smem(source.at[index, span, head], target.at[slot], x_here.at[slot])
+
+        def get_after(k):
+            _, head, _, grad, _ = at(k)
+            # The last chunk has none following: what comes of it is not used.
+            after = ssm_ref.at[index, head, jnp.minimum(ci + 1, chunks - 1)]
+            for source, target in ((grad_ref.at[index, head, ci], grad), (after, following)):
+                plgpu.copy_gmem_to_smem(source, target, states_here)
+
+        def get_ssm(k):
+            plgpu.copy_gmem_to_smem(ssm_ref.at[index, block_index * block + k, ci], ssm, states_here)
+
+        def for_next(get, k):
+            pl.when(k + 1 < block)(lambda: get(k + 1))
+
+        first, second = halves = pl.ds(0, HALF), pl.ds(HALF, HALF)
 
         @pl.when(warpgroup == _SCORES)
         def _():
@@ -143,9 +173,8 @@ def gradients(
             plgpu.barrier_wait(raw_here)
             row, column = iotas()
 
-            def phase_sums(acc, k, step, domega, rate):
+            def phase_sums(q, k, step, domega):
                 """Adds head k's part to dω, and writes that of Δ: from dφ, two parts of which are in `weights`."""
-                q = plgpu.wgmma_accumulator_load(acc, wait_n=0)
                 q = q[:, :S] + q[:, S:]
                 omega = widen(load_tile(rate), simulated)
                 vector_ref[index, block_index * block + k, ci, TURN] = jnp.sum(
@@ -159,92 +188,71 @@ def gradients(
 
             def one(k, carry):
                 total, domega = carry
-                rot_b, rot_c, ssm, grad, following, weights, dscores, rate, ones = buffers()
-                slot = lax.rem(k, 2)
-                head = block_index * block + k
-                here, x_tile, g_tile = both_coefficients.at[slot], both_x.at[slot], both_g.at[slot]
-                constant = both_constants.at[slot]
-                vectors = vector_ref.at[index, head, ci]
+                slot, head, here, grad, vectors = at(k)
+                x_tile, g_tile, constant = both_x.at[slot], both_g.at[slot], both_constants.at[slot]
                 plgpu.barrier_wait(small_here.at[slot])
 
                 def rest(which):
                     bias = load_cols(constant.at[which, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
                     return load_tile(raw.at[which, :, pl.ds(HALF, HALF)]) + cols(bias, T)
 
-                cos, sin, rests = turn(here, both_starts.at[slot], rate, row, column,
-                                       lambda: [rest(which) for which in range(2)], simulated)  # fmt: skip
+                cos, sin = turn_by_hand(here, both_starts.at[slot, pl.ds(0, S)], rate, row, column, simulated)
                 turned = [
                     turning(raw.at[which], constant.at[pl.ds(which, 1)], cos, sin, simulated) for which in range(2)
                 ]
+                rests = [rest(which) for which in range(2)]
                 before = jnp.maximum(k - 1, 0)  # for the first, sums of the zeros that were in `weights`
                 step = step_of(before)
                 plgpu.barrier_wait(free)
-                for target, first, second in zip((rot_b, rot_c), turned, rests, strict=True):
-                    target[:, pl.ds(0, HALF)] = first
-                    target[:, pl.ds(HALF, HALF)] = second
-                stash(turns.at[0], cos, simulated)
-                stash(turns.at[1], sin, simulated)
+                for target, half, other in zip((rot_b, rot_c), turned, rests, strict=True):
+                    target[:, first] = half
+                    target[:, second] = other
+                stash_turns(turns, cos, sin, simulated)
                 publish(simulated)
                 plgpu.barrier_arrive(ready)
-                plgpu.barrier_wait(states_here)
-
-                def flow(q, turned, rest):
-                    plgpu.wgmma(q, anticausal_ones(row, column, simulated), weights)
-                    for acc, first in ((turned, 0), (rest, HALF)):
-                        half = pl.ds(first, HALF)
-                        plgpu.wgmma(acc, grad.at[:, half].transpose((1, 0)), following.at[:, half])
-                    added = phase_sums(q, before, step, domega, rate)
-                    turned = plgpu.wgmma_accumulator_load(turned, wait_n=0)
-                    rest = plgpu.wgmma_accumulator_load(rest, wait_n=0)
-                    vectors[FLOW] = pick(turned, row, column, 0, simulated) + pick(rest, row, column, 0, simulated)
-                    vectors[TURNED_FLOW] = pick(turned, row, column, S, simulated)
-                    return added
-
-                square = plgpu.ACC((T, T), jnp.float32)
-                domega = pl.run_scoped(flow, square, square, square)
-
+                meet(simulated)
+                q = product(None, anticausal_ones(row, column, simulated), weights, simulated)
+                scores = product(None, rot_c, rot_b, simulated, b_t=True)
                 decay = load_rows(here.at[DECAY])
                 below = rows(decay, T) - cols(load_cols(here.at[OTHER]), T)
                 mix = jnp.exp2(strictly_below(below, row, column, simulated))
                 gamma = jnp.exp2(load_rows(here.at[OWN]))
+                domega = phase_sums(settle(q, 1, simulated), before, step, domega)
+                meet(simulated)  # no product reads `weights` any more
                 plgpu.barrier_wait(x_here.at[slot])
                 plgpu.barrier_wait(ready)
-
-                def scores(scores, overlaps):
-                    plgpu.wgmma(scores, rot_c, rot_b.transpose((1, 0)))
-                    plgpu.wgmma(overlaps, g_tile, x_tile.transpose((1, 0)))
-                    from_start = jnp.exp2(decay).astype(jnp.bfloat16)
-                    scaled = load_tile(g_tile) * rows(from_start, P)
-                    scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-                    weights[...] = (scores * mix).astype(jnp.bfloat16)
-                    own = pick(scores, row, column, 0, simulated)
-                    score[...] = own
-                    overlaps = plgpu.wgmma_accumulator_load(overlaps, wait_n=0)
-                    both = put_on_diagonal(mix, gamma, row, column, simulated)
-                    narrow = (overlaps * both).astype(jnp.bfloat16)
-                    dscores[...] = narrow
-                    vectors[SCORE] = own
-                    vectors[OVERLAP] = pick(overlaps, row, column, 0, simulated)
-                    return scaled, narrow
-
-                scaled, narrow = pl.run_scoped(scores, square, square)
+                overlaps = product(None, g_tile, x_tile, simulated, b_t=True)
+                scores = settle(scores, 1, simulated)
+                weights[...] = (scores * mix).astype(jnp.bfloat16)
+                own = pick(scores, row, column, 0, simulated)
+                score[...] = own
+                scaled = load_tile(g_tile) * rows(jnp.exp2(decay).astype(jnp.bfloat16), P)
+                both = put_on_diagonal(mix, gamma, row, column, simulated)
+                overlaps = settle(overlaps, 0, simulated)
+                narrow = (overlaps * both).astype(jnp.bfloat16)
+                dscores[...] = narrow
                 publish(simulated)
                 plgpu.barrier_arrive(mixed)
-
-                def down(acc):
-                    plgpu.wgmma(acc, scaled, ssm)
-                    plgpu.wgmma(acc, narrow, rot_b)
-                    return acc[...]
-
-                dc = pl.run_scoped(down, plgpu.ACC((T, N), jnp.float32))
+                vectors[SCORE] = own
+                vectors[OVERLAP] = pick(overlaps, row, column, 0, simulated)
+                plgpu.barrier_wait(states_here)
+                dc = product(None, scaled, ssm, simulated)
+                dc = product(dc, narrow, rot_b, simulated)
+                flow = product(None, grad.at[:, first], following.at[:, first], simulated, a_t=True)
+                dc = settle(dc, 1, simulated)
                 stash(phase, _phase(dc, rot_c, simulated), simulated)
                 plgpu.barrier_arrive(scored)
+                flow = settle(flow, 0, simulated)
+                vectors[TURNED_FLOW] = pick(flow, row, column, S, simulated)
+                flow = product(begin(flow, simulated), grad.at[:, second], following.at[:, second], simulated, a_t=True)
                 dc = _turned_back(dc, turns, simulated)
-                plgpu.barrier_wait(valued)
-                rot_c[...] = dc.astype(jnp.bfloat16)
-                publish(simulated)
-                meet(simulated)
-                _store_sums(rot_c, ones, dbias_ref.at[index, ci, head, 1])
+                vectors[FLOW] = pick(settle(flow, 0, simulated), row, column, 0, simulated)
+                meet(simulated)  # no product reads H' any more
+                for_next(get_after, k)
+                for half in range(2):
+                    out = dbias_ref.at[index, ci, head, 1, halves[half]]
+                    column_sums(dc[:, half * HALF : (half + 1) * HALF], out, partial, simulated)
+                    meet(simulated)
                 plgpu.barrier_arrive(free)
                 return total + dc, domega
 
@@ -252,65 +260,26 @@ def gradients(
             total, domega = lax.fori_loop(0, block, one, zeros)
             dc_ref[block_index, index, span] = total
             plgpu.barrier_wait(free)
-            weights, _, rate, _ = (small.at[k] for k in range(4))
-
-            def last(acc):
-                plgpu.wgmma(acc, anticausal_ones(row, column, simulated), weights)
-                return phase_sums(acc, block - 1, step_of(block - 1), domega, rate)
-
-            domega_ref[block_index, index, span] = pl.run_scoped(last, plgpu.ACC((T, 2 * S), jnp.float32))
+            q = settle(product(None, anticausal_ones(row, column, simulated), weights, simulated), 0, simulated)
+            domega_ref[block_index, index, span] = phase_sums(q, block - 1, step_of(block - 1), domega)
 
         @pl.when(warpgroup == _VALUES)
         def _():
-            ssm, grad, following = (wide.at[k] for k in range(2, 5))
-            weights, _, rate, ones = (small.at[k] for k in range(4))
-
-            def get(k, **options):
-                slot = lax.rem(k, 2)
-                head = block_index * block + k
-                for source, target in (
-                    (coefficient_ref.at[index, head, ci], both_coefficients),
-                    (start_ref.at[index, head, ci], both_starts),
-                    (constant_ref.at[head], both_constants),
-                ):
-                    plgpu.copy_gmem_to_smem(source, target.at[slot], small_here.at[slot], **options)
-                for source, target in ((dy_ref, both_g), (z_ref, both_z), (x_ref, both_x)):
-                    plgpu.copy_gmem_to_smem(source.at[index, span, head], target.at[slot], x_here.at[slot], **options)
-
-            def get_states(k, **options):
-                head = block_index * block + k
-                # The last chunk has none following: what comes of it is not used.
-                after = ssm_ref.at[index, head, jnp.minimum(ci + 1, chunks - 1)]
-                for source, target in (
-                    (ssm_ref.at[index, head, ci], ssm), (grad_ref.at[index, head, ci], grad), (after, following)
-                ):  # fmt: skip
-                    plgpu.copy_gmem_to_smem(source, target, states_here, **options)
-
-            def for_next(get, k):
-                if simulated:
-                    pl.when(k + 1 < block)(lambda: get(k + 1))
-                else:  # no branch: the compiler keeps track of zeros in accumulators only where there is none
-                    get(k + 1, predicate=k + 1 < block)
-
             group = block_index * block // per_group
             for which, source in enumerate((b_ref, c_ref)):
                 plgpu.copy_gmem_to_smem(source.at[index, span, group], raw.at[which], raw_here)
             plgpu.copy_gmem_to_smem(rate_ref.at[index, span], rate, raw_here)
             get(0)
-            get_states(0)
-            number = plgpu.broadcasted_iota(jnp.int32, (T, T), 0, layout=WG)
-            ones[...] = jnp.where(number == 0, 1.0, 0.0).astype(jnp.bfloat16)
+            get_after(0)
+            get_ssm(0)
             weights[...] = plgpu.layout_cast(jnp.zeros((T, T), jnp.bfloat16), WG)
             publish(simulated)
             plgpu.barrier_arrive(free)
             plgpu.barrier_wait(raw_here)
 
             def one(k, total):
-                rot_b, rot_c, ssm, grad, _, weights, dscores, _, ones = buffers()
-                slot = lax.rem(k, 2)
-                head = block_index * block + k
-                here, x_tile, g_tile, z_tile = (v.at[slot] for v in (both_coefficients, both_x, both_g, both_z))
-                vectors = vector_ref.at[index, head, ci]
+                slot, head, here, grad, vectors = at(k)
+                x_tile, g_tile, z_tile = (v.at[slot] for v in (both_x, both_g, both_z))
                 plgpu.barrier_wait(small_here.at[slot])
                 plgpu.barrier_wait(x_here.at[slot])
                 half = widen(load_tile(z_tile) * jnp.bfloat16(0.5), simulated)
@@ -332,49 +301,39 @@ def gradients(
                 decay, to_end = jnp.exp2(load_rows(here.at[DECAY])), load_rows(here.at[TO_END])
                 gamma = jnp.exp2(load_rows(here.at[OWN]))
 
-                def by_states(y, dx):
-                    plgpu.wgmma(y, rot_c, ssm.transpose((1, 0)))
-                    plgpu.wgmma(dx, rot_b, grad.transpose((1, 0)))
-                    y = plgpu.wgmma_accumulator_load(y, wait_n=1) * rows(decay, P)
-                    return y, plgpu.wgmma_accumulator_load(dx, wait_n=0) * rows(to_end, P)
-
-                def in_chunk(accs, read):
-                    plgpu.wgmma(accs[0], weights, x_tile)
-                    plgpu.wgmma(accs[1], weights.transpose((1, 0)), g_tile)
-
-                acc = plgpu.ACC((T, P), jnp.float32)
-                y, dx = pl.run_scoped(by_states, acc, acc)
+                y = product(None, rot_c, ssm, simulated, b_t=True)
+                dx = product(None, rot_b, grad, simulated, b_t=True)
+                y = settle(y, 1, simulated) * rows(decay, P)
+                dx = settle(dx, 0, simulated) * rows(to_end, P)
                 plgpu.barrier_wait(mixed)
-                y, dx = accumulate(in_chunk, (y, dx), simulated)
+                y = product(begin(y, simulated), weights, x_tile, simulated)
+                dx = product(begin(dx, simulated), weights, g_tile, simulated, a_t=True)
                 kept = load_rows(skip) + gamma * load_rows(score)
                 x, g = load_tile(x_tile), load_tile(g_tile)
                 scaled = x * rows(to_end.astype(jnp.bfloat16), P)
+                y = settle(y, 1, simulated)
                 vectors[QUERY], z_tile[...] = _along(y, g, x, kept, load_tile(z_tile), simulated)
-
-                def down(acc):
-                    plgpu.wgmma(acc, scaled, grad)
-                    plgpu.wgmma(acc, dscores.transpose((1, 0)), rot_c)
-                    vectors[KEY], narrow = _along(dx, x, g, kept, None, simulated)
-                    meet(simulated)  # no product reads x or weights any more
-                    x_tile[...] = narrow
-                    return acc[...]
-
-                db = pl.run_scoped(down, plgpu.ACC((T, N), jnp.float32))
-                plgpu.barrier_arrive(valued)
+                db = product(None, scaled, grad, simulated)
+                db = product(db, dscores, rot_c, simulated, a_t=True)
+                vectors[KEY], narrow = _along(settle(dx, 2, simulated), x, g, kept, None, simulated)
+                meet(simulated)  # no product reads x or weights any more
+                x_tile[...] = narrow
+                db = settle(db, 0, simulated)
                 dphase = _phase(db, rot_b, simulated)
                 db = _turned_back(db, turns, simulated)
                 plgpu.barrier_wait(scored)
+                for_next(get_ssm, k)
                 dphase = dphase + unstash(phase, simulated)
                 high = dphase.astype(jnp.bfloat16)
                 low = (dphase - widen(high, simulated)).astype(jnp.bfloat16)
                 weights[...] = jnp.concatenate([high, low], axis=1)
-                rot_b[...] = db.astype(jnp.bfloat16)
                 publish(simulated)
                 meet(simulated)
-                for_next(get_states, k)
                 plgpu.copy_smem_to_gmem(z_tile, dz_ref.at[index, span, head])
                 plgpu.copy_smem_to_gmem(x_tile, dx_ref.at[index, span, head])
-                _store_sums(rot_b, ones, dbias_ref.at[index, ci, head, 0])
+                for half in range(2):
+                    out = dbias_ref.at[index, ci, head, 0, halves[half]]
+                    column_sums(db[:, half * HALF : (half + 1) * HALF], out, phase.at[pl.ds(8 * half, 8)], simulated)
                 plgpu.barrier_arrive(free)
                 return total + db
 
@@ -396,15 +355,16 @@ def gradients(
         body,
         out_type=tuple(out),
         scratch_types=[
-            tile(2, T, N), tile(5, T, N),  # raw B and C; rotated, H, G, H'
-            tile(2, T, P), tile(2, T, P), tile(2, T, P), tile(4, T, T),  # x, z, dy of two heads; weights, dS, ω, ones
-            plgpu.SMEM((2, T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
-            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
-            plgpu.SMEM((2, 3, N), jnp.float32), plgpu.SMEM((T,), jnp.float32),
+            tile(2, T, N), tile(2, T, N), tile(2, P, N), tile(2, P, N),  # raw B and C; rotated; H, H'; G of two heads
+            tile(2, T, P), tile(2, T, P), tile(2, T, P), tile(3, T, T),  # x, z, dy of two heads; weights, dS, ω
+            plgpu.SMEM((2, T, S) if simulated else (T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
+            plgpu.SMEM((4, HALF), jnp.float32),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((3, T), jnp.float32),
+            plgpu.SMEM((2, 3, N), jnp.float32),
             plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=3, num_barriers=2),
             plgpu.Barrier(num_arrivals=3, num_barriers=2), plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(), plgpu.Barrier(), plgpu.Barrier(),
+            plgpu.Barrier(), plgpu.Barrier(),
         ],
         grid=(batch, blocks, chunks), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
@@ -420,7 +380,7 @@ def _phase(down: jax.Array, rotated, simulated: bool) -> jax.Array:
 
 def _turned_back(down: jax.Array, turns, simulated: bool) -> jax.Array:
     """Gradient [T, N] of B or C from that of what is rotated."""
-    cos, sin = (unstash(turns.at[k], simulated) for k in range(2))
+    cos, sin = unstash_turns(turns, simulated)
     real, imag, rest = down[:, :S], down[:, S : 2 * S], down[:, 2 * S :]
     return jnp.concatenate([real * cos + imag * sin, imag * cos - real * sin, rest], axis=1)
 
@@ -437,16 +397,3 @@ def _along(v: jax.Array, left, right, kept, factor, simulated: bool) -> tuple[ja
             one = one * widen(factor[:, part], simulated)
         out.append(one.astype(jnp.bfloat16))
     return jnp.sum(products, axis=1), jnp.concatenate(out, axis=1)
-
-
-def _store_sums(stage, ones, out) -> None:
-    """Writes the sums of the rows of what is in `stage` [T, N] to out [N]: products with ones add them up."""
-
-    def add(*accs):
-        for acc, first in zip(accs, (0, HALF), strict=True):
-            plgpu.wgmma(acc, stage.at[:, pl.ds(first, HALF)].transpose((1, 0)), ones.at[pl.ds(0, 8)].transpose((1, 0)))
-        for acc, first in zip(accs, (0, HALF), strict=True):
-            out[pl.ds(first, HALF)] = jnp.sum(plgpu.wgmma_accumulator_load(acc, wait_n=0), axis=1)
-
-    acc = plgpu.ACC((HALF, 8), jnp.float32)
-    pl.run_scoped(add, acc, acc)

@@ -29,7 +29,30 @@ BLOCKS = (4, 2, 2, 8, 64)
 POS = plgpu.Layout.TILED(
     fragmented_array.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
+# With 4 ranks: of 16 positions, each of which two warps have.
+_HALF_POS = plgpu.Layout.TILED(
+    fragmented_array.Tiling(((16, 8), (8, 8), (2,))), warp_dims=(fragmented_array.Replicated(2), -5),
+    lane_dims=(-3, -2), vector_dim=-1,
+)  # fmt: skip
 _IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
+
+
+def positions_layout(ranks: int):
+    """Of arrays with a row per position of a step."""
+    return POS if ranks == 2 else _HALF_POS
+
+
+def spread(v: jax.Array, simulated: bool) -> jax.Array:
+    """A row per position of a step, [T or T / 2, w] → per position and pair of ranks, [T, w]. No instruction."""
+    if v.shape[0] == T:
+        return v
+    if simulated:
+        return jnp.concatenate([v, v])
+    out = plgpu.ShapeDtypeStruct((T, v.shape[1]), v.dtype, layout=POS)
+    return plgpu.inline_mgpu(arg_types=(_HALF_POS,), return_type=out)(
+        lambda ctx, v: _array(POS, out.shape, v.registers)
+    )(v)
+
 
 # Weights of a head per rank: biases of the half that rotates, mimo_x, half of mimo_z, mimo_o; biases of the other half,
 # which share a row.
@@ -125,9 +148,114 @@ def _in_pieces(v: jax.Array) -> jax.Array:
     return jnp.swapaxes(out, -3, -2).reshape(v.shape)
 
 
+def x_weights(packed: jax.Array) -> jax.Array:
+    """mimo_x, [h, r, p] float32, from what `pack` made."""
+    v = packed[:, :, MIMO_X]
+    pairs = _pairs(v.dtype)
+    return jnp.swapaxes(v.reshape(*v.shape[:-1], 8 // pairs, 4, pairs, 2), -3, -2).reshape(v.shape)
+
+
 def _pairs(dtype) -> int:
     """In 16 bytes."""
     return 16 // jnp.dtype(dtype).itemsize // 2
+
+
+def load_row_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.Array:
+    """Of rank k of the pair of a row, [T, 64]: float32, or bfloat16 for B_REST and C_REST. `ref`: of one head."""
+    row, dtype = (kind, jnp.float32) if kind < B_REST else (B_REST, jnp.bfloat16)
+    pairs, second = _pairs(dtype), kind == C_REST
+    if simulated:
+        v = [load_weight(ref, rank, kind, True) for rank in range(k, ranks, 2)]
+        return jnp.concatenate([lax.broadcast_in_dim(w, (2 * T // ranks, 64), (1,)) for w in v])
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((T, 64), dtype, layout=POS))
+    def inline(ctx, memory):
+        i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
+        element = ir.F32Type.get() if dtype == jnp.float32 else ir.BF16Type.get()
+        thread = mgpu.utils.thread_idx()
+        at = arith.muli(arith.andi(thread, mgpu.utils.c(3, i32)), mgpu.utils.c(16, i32))
+        if ranks == 4:  # the upper two warps have the second pair
+            pair = arith.andi(arith.shrui(thread, mgpu.utils.c(6, i32)), mgpu.utils.c(1, i32))
+            at = arith.addi(at, arith.muli(pair, mgpu.utils.c(2 * 4 * 64 * WEIGHTS, i32)))
+        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
+        pointer = mgpu.utils.getelementptr(pointer, [at], i8)
+        first = 4 * 64 * (WEIGHTS * k + row) + 128 * second
+        registers = []
+        for piece in range(8 // pairs):
+            at = mgpu.utils.getelementptr(pointer, [first + 64 * piece], i8)
+            loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
+            pair = ir.VectorType.get((2,), element)
+            registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
+        return _array(POS, (T, 64), np.array(registers))
+
+    return inline(ref)
+
+
+def send_partial(sums, total: jax.Array, simulated: bool) -> None:
+    """Half of the sums over a pair of ranks, [T, P], to the warp with the other pair; `sums`: [16, 64] float32."""
+    if simulated:
+        sums[...] = total[:16]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), POS))
+    def inline(ctx, sums, total):
+        four, at = ir.VectorType.get((4,), ir.F32Type.get()), _own_place(sums, 0)
+        upper, registers = _has_upper_pair(), list(total.registers.flat)
+        gone = [arith.select(upper, a, b) for a, b in zip(registers[:4], registers[4:], strict=True)]
+        for k in range(2):
+            numbers = [vector.extract(v, [], [e]) for v in gone[2 * k : 2 * k + 2] for e in range(2)]
+            place = mgpu.utils.getelementptr(at, [128 * k], four)
+            llvm.store(vector.from_elements(four, numbers), place, alignment=16)
+
+    inline(sums, total)
+
+
+def store_sum(y, sums, total: jax.Array, simulated: bool) -> None:
+    """The sum over all ranks, bfloat16 to y [16, 64]; after `send_partial` and a barrier."""
+    if simulated:
+        y[...] = (sums[...] + total[16:]).astype(jnp.bfloat16)
+        return
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))), plgpu.RefType(), POS)
+    )
+    def inline(ctx, y, sums, total):
+        i32, i8, f32, bf16 = *(ir.IntegerType.get_signless(k) for k in (32, 8)), ir.F32Type.get(), ir.BF16Type.get()
+        c = mgpu.utils.c
+        two, four, at = ir.VectorType.get((2,), f32), ir.VectorType.get((4,), f32), _own_place(sums, 64)
+        upper, registers = _has_upper_pair(), list(total.registers.flat)
+        kept = [arith.select(upper, b, a) for a, b in zip(registers[:4], registers[4:], strict=True)]
+        thread = mgpu.utils.thread_idx()
+        in_eight = arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32))
+        row = arith.addi(in_eight, arith.andi(arith.shrui(thread, c(2, i32)), c(8, i32)))
+        base = arith.addi(arith.muli(row, c(128, i32)), arith.muli(arith.andi(thread, c(3, i32)), c(4, i32)))
+        block = arith.andi(arith.shrui(thread, c(4, i32)), c(4, i32))
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(y), [base], i8)
+        for k in range(2):
+            numbers = llvm.load(four, mgpu.utils.getelementptr(at, [128 * k], four), alignment=16)
+            for e in range(2):
+                other = vector.extract_strided_slice(two, numbers, [2 * e], [2], [1])
+                v = arith.truncf(ir.VectorType.get((2,), bf16), arith.addf(kept[2 * k + e], other))
+                piece = arith.xori(arith.addi(block, c(2 * k + e, i32)), in_eight)
+                place = mgpu.utils.getelementptr(pointer, [arith.muli(piece, c(16, i32))], i8)
+                llvm.store(v, place, alignment=4)
+
+    inline(y, sums, total)
+
+
+def _has_upper_pair() -> ir.Value:
+    """Whether this thread's rows are of the second pair of ranks."""
+    i32 = ir.IntegerType.get_signless(32)
+    bit = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(64, i32))
+    return arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.utils.c(0, i32))
+
+
+def _own_place(sums: ir.Value, flipped: int) -> ir.Value:
+    """Address of the first four numbers of this thread, or of that whose number differs in `flipped`."""
+    i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.F32Type.get())
+    thread = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(127, i32))
+    thread = arith.xori(thread, mgpu.utils.c(flipped, i32))
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [thread], four)
 
 
 def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
@@ -214,6 +342,34 @@ def product(acc: jax.Array | None, a, b, simulated: bool, transposed: bool = Fal
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
 
 
+def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
+    """Sums over positions of 64 columns of a pair of ranks in shared memory (BLOCKS): [64, 8] by column and rank.
+
+    A product, as `product` returns it. `ones` [8, ROWS] bfloat16 in shared memory: 1 where row k meets rank k, else 0.
+    """
+    staged = staged.at[:, :, columns]
+    if simulated:
+        v = staged[...].reshape(ROWS, 64).astype(jnp.float32)
+        return jnp.dot(v.T, ones[...].astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
+    types = (plgpu.RefType((plgpu.SwizzleTransform(128),)), _type(ones))
+    out = plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=_IN_FLIGHT)
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=out)
+    def inline(ctx, a, b):
+        a = mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(a, 0, 2), 1)
+        a, b = (mgpu.utils.memref_transpose(v, (1, 0, 3, 2)) for v in (a, b))
+        left = mma_utils.create_descriptor(a, swizzle=128, group_size=(64, 64), logical_k_major=False, split_const=True)
+        right = mma_utils.create_descriptor(b, swizzle=128, group_size=(64, 8), logical_k_major=True, split_const=True)
+        registers = None
+        nvvm.wgmma_fence_aligned()
+        for k in range(0, ROWS, 16):
+            registers = _wgmma(registers, _descriptor(left, k, 64), _descriptor(right, k, 64), 8, False, True)
+        _assembly("wgmma.commit_group.sync.aligned;")
+        return _array(_IN_FLIGHT, (64, 8), np.array(registers))
+
+    return inline(staged, ones)
+
+
 def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
     """The result of a product once at most `in_flight` later ones have not ended."""
     if simulated:
@@ -274,7 +430,7 @@ def _descriptor(parts, k: int, deep: int) -> tuple[ir.Value, int, int]:
     return base, offset + (constant & 0xFFFFFFFF), constant >> 32
 
 
-def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool) -> list[ir.Value]:
+def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transpose_a: bool = False) -> list[ir.Value]:
     """One instruction, 16 deep; `a`: 4 registers or a descriptor.
 
     Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
@@ -298,7 +454,7 @@ def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool) -> lis
         + code
         + f"setp.ne.b32 p, {int(acc is not None)}, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(f'${k}' for k in range(count))}}}, "
-        f"{names['a']}, b, p, 1, 1{'' if isinstance(a, list) else ', 0'}, {int(transpose)}; }}"
+        f"{names['a']}, b, p, 1, 1{'' if isinstance(a, list) else f', {int(transpose_a)}'}, {int(transpose)}; }}"
     )
     constraints = ["=f"] * count + ([str(k) for k in range(count)] if acc else []) + ["r"] * len(inputs)
     outputs = llvm.inline_asm(

@@ -40,6 +40,12 @@ def tile(*shape: int) -> plgpu.SMEM:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=_TRANSFORMS)
 
 
+def rates_tile(*shape: int) -> plgpu.SMEM:
+    """ω in its high and low parts, bfloat16 [2, T, S] of so many chunks, as `turn_apart` takes it."""
+    transforms = (plgpu.TilingTransform((8, S)), plgpu.SwizzleTransform(64))
+    return plgpu.SMEM((*shape, 2, T, S), jnp.bfloat16, transforms=transforms)
+
+
 def rows(v: jax.Array, width: int) -> jax.Array:
     """[h] along rows → [h, width]."""
     return lax.broadcast_in_dim(v, (v.shape[0], width), (0,))
@@ -99,8 +105,7 @@ def turn(coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhil
     step Δω; sums are reduced to half a turn before cosine and sine. `meanwhile` is called while the product runs;
     what it returns comes third.
     """
-    causal = _causal_ones(row, column, simulated)
-    high, low = (causal * cols(load_cols(coefficients.at[k]).astype(jnp.bfloat16), T) for k in (STEP_HIGH, STEP_LOW))
+    high, low = _step_triangles(coefficients, row, column, simulated)
 
     def sum_steps(acc):
         plgpu.wgmma(acc, high, rates)
@@ -110,6 +115,37 @@ def turn(coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhil
 
     parts, done = pl.run_scoped(sum_steps, plgpu.ACC((T, 2 * S), jnp.float32))
     return *cos_sin((parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T), simulated), done
+
+
+def turn_apart(
+    coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhile, simulated: bool, tight: bool = False
+):
+    """`turn` with the parts of ω apart, which takes half the accumulators, and without the product of the low parts.
+
+    Cosine and sine reduce sums themselves, by a product that is off by as much as the sum's own rounding. With `tight`
+    the low parts of Δ take the registers of the high ones.
+    """
+    high, low = _step_triangles(coefficients, row, column, simulated)
+
+    def sum_steps(acc):
+        plgpu.wgmma(acc, high, rates.at[0])
+        plgpu.wgmma(acc, high, rates.at[1])
+        if tight:
+            plgpu.wgmma_wait(0)
+        plgpu.wgmma(acc, low, rates.at[0])
+        done = meanwhile()
+        return acc[...], done
+
+    steps, done = pl.run_scoped(sum_steps, plgpu.ACC((T, S), jnp.float32))
+    angle = steps + cols(load_cols(start), T)
+    return jnp.cos(angle), jnp.sin(angle), done
+
+
+def _step_triangles(coefficients, row: jax.Array, column: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """Δ_j where i ≥ j, else 0, in its high and low parts: bfloat16 [T, T]."""
+    causal = _causal_ones(row, column, simulated)
+    parts = (load_cols(coefficients.at[k]).astype(jnp.bfloat16) for k in (STEP_HIGH, STEP_LOW))
+    return tuple(causal * cols(part, T) for part in parts)
 
 
 def cos_sin(angle: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:

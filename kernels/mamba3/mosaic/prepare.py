@@ -53,8 +53,8 @@ def coefficients(
 
     Rows: L in powers of two; L - log2 s; log2 γ; Δ in two parts that bfloat16 holds; 2^(L_end - L) s. Positions beyond
     the length get Δ = 0. Also ω in two parts of bfloat16, [b, l, 2S], and by how much the chunk turns each phase,
-    [b, h, chunks, S]. dt, a and lam are [b, l, h], omega [b, l, S], doc (int32, if HAS_DOC) [b, l]; PART positions are
-    turned at a time.
+    [b, h, chunks, S]. dt, a and lam are [b, l, h], omega [b, l, S], doc (int32, if HAS_DOC) [b, l]. Steps of PART
+    positions are added in float32.
     """
     chunk = tl.program_id(0)
     block = tl.program_id(1)
@@ -101,19 +101,16 @@ def coefficients(
     tl.store(out + 4 * T, dt - high, mask=mask)
     tl.store(out + 5 * T, to_end, mask=mask)
 
-    steps = tl.zeros((HEADS, S), tl.int32)
-    for first in range(0, T, PART):
-        u = chunk * T + first + tl.arange(0, PART)
-        within = (u < length)[:, None]
-        part_at = batch * length + u
-        part_dt = tl.load(dt_ptr + part_at[:, None] * H + head[None, :], mask=within & here[None, :], other=0.0)
-        omega = tl.load(omega_ptr + part_at[:, None] * S + column[None, :], mask=within, other=0.0)
-        steps += tl.sum(_turns(part_dt[:, :, None] * omega[:, None, :]), 0)
-        if block == 0:
-            high_rate = _high_part(omega)
-            rate = rate_ptr + (batch * chunks * T + u)[:, None] * (2 * S) + column[None, :]
-            tl.store(rate, high_rate.to(rate_ptr.dtype.element_ty))
-            tl.store(rate + S, (omega - high_rate).to(rate_ptr.dtype.element_ty))
+    omega_at = (batch * length + t)[:, None] * S + column[None, :]
+    omega = tl.load(omega_ptr + omega_at, mask=(t < length)[:, None], other=0.0)
+    # A few steps are added before they become integers, which takes ten times as long.
+    turned = tl.reshape(dt[:, :, None] * omega[:, None, :], (T // PART, PART, HEADS, S))
+    steps = tl.sum(_turns(tl.sum(turned, 1)), 0)
+    if block == 0:
+        high_rate = _high_part(omega)
+        rate = rate_ptr + (batch * chunks * T + t)[:, None] * (2 * S) + column[None, :]
+        tl.store(rate, high_rate.to(rate_ptr.dtype.element_ty))
+        tl.store(rate + S, (omega - high_rate).to(rate_ptr.dtype.element_ty))
     step = step_ptr + (row_head * chunks + chunk)[:, None] * S + column[None, :]
     tl.store(step, steps, mask=here[:, None])
 

@@ -1,22 +1,24 @@
 """The Mosaic GPU implementation behind `mamba3_scan`, for Hopper: what it takes, what runs when, its ends.
 
-SISO, forward and backward; MIMO of rank 2 and 4, forward, with Triton's derivative.
+Forward and backward, SISO and MIMO of rank 2 and 4.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from ...documents import number_documents
+from ...residuals import SCAN_RESIDUALS
 from ..cotangents import combine
-from ..ends import entering_ssm, leaving_state, number_documents, start_at_last_document
+from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Inputs, Sequence, Weights
 from ..state import Mamba3State
-from ..triton import op as triton
 from ..triton.launch import batch_too_large, launch
-from ..triton.plans import choose_plan
-from . import backward, mimo_forward
+from . import backward, mimo_backward, mimo_forward
 from .forward import Operands, Prepared, in_chunks, output_pass, state_pass
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
@@ -24,8 +26,10 @@ from .prepare import coefficients, phases
 _LEAST_JAX = (0, 11)
 _CAPABILITY = "9.0"
 _PROGRAMS = 264  # two to each multiprocessor of a large Hopper GPU
-# Of the kernels in prepare.py: heads of a program, positions of a tile of phases, chunks of a tile of their sums.
-_HEADS, _PART, _CHUNKS = 8, 8, 64
+# Of the kernels in prepare.py: heads of a program, its warps, positions whose steps are added in float32, chunks of a
+# tile of their sums.
+_HEADS, _WARPS, _PART, _CHUNKS = 8, 4, 8, 256
+_PIECES, _TOGETHER = 2, 4  # of a segment in `state_pass`; heads of a program there, at most
 _OPERANDS = ("x", "b", "c", "z")
 _POSITIONS = {1: T, 2: mimo_forward.T, 4: mimo_forward.T}  # of a chunk, by rank
 _MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
@@ -80,7 +84,7 @@ def scan(
     norm_eps: float,
     return_state: bool = True,
 ) -> tuple[jax.Array, Mamba3State | None]:
-    """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to; at rank 2 and 4 Triton's, too.
+    """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to.
 
     None instead of a state that is zero spares reading it. Without `return_state` the state that is returned is None,
     and the backward need not look at its gradient.
@@ -93,12 +97,7 @@ def scan(
     if state is None:
         state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), N, rank, S, seq.x.dtype)
     document = None if segment_ids is None else segment_ids.astype(jnp.int32)
-    if rank == 1:
-        y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
-    else:
-        ssm = state.ssm if ssm is None else ssm
-        inputs = Inputs(seq, weights, ssm, state.angle.astype(acc), document)
-        y, ssm, angle = _mimo_scan(choose_plan(seq, None), inputs)
+    y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
     if not return_state:
         return y, None
     if segment_ids is not None:
@@ -114,7 +113,7 @@ def _scan(return_state: bool, inputs: Inputs) -> tuple[jax.Array, jax.Array | No
 
 
 def _scan_forward(return_state: bool, inputs: Inputs):
-    y, ssm, angle, prepared, chunk_ssm = forward_saving(inputs)
+    y, ssm, angle, prepared, chunk_ssm = checkpoint_name(forward_saving(inputs), SCAN_RESIDUALS)
     if not return_state:
         ssm, angle = None, None
     return (y, ssm, angle), (inputs, prepared, chunk_ssm, ssm)
@@ -124,39 +123,12 @@ def _scan_backward(return_state: bool, residuals, cotangents) -> tuple[Inputs]:
     del return_state
     inputs, prepared, chunk_ssm, ssm = residuals
     dy, dssm, dangle = cotangents
-    found, first_grad = backward_kernels(operands(inputs), prepared, chunk_ssm, in_chunks(dy), dssm)
-    return (combine(inputs, backward.parts(inputs, prepared, found, first_grad, ssm, dssm), T, dangle),)
+    found, first_grad = backward_kernels(inputs, prepared, chunk_ssm, dy, dssm)
+    parts = _backward_of(inputs).parts(inputs, prepared, found, first_grad, ssm, dssm)
+    return (combine(inputs, parts, _positions_of(inputs), dangle),)
 
 
-# Under jax.checkpoint the first pass then saves nothing.
-_scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mimo_scan(plan: triton.Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """y, and H and the phase after the last token; `plan` is for Triton's kernels, whose derivative it has."""
-    del plan
-    return mimo(inputs)
-
-
-def _triton_scan(plan: triton.Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    document = None if inputs.document is None else number_documents(inputs.document)
-    ssm = triton.to_kernel_order(inputs.ssm, S)
-    y, ssm, angle = triton.scan(plan, inputs._replace(ssm=ssm, document=document))
-    return y, triton.from_kernel_order(ssm, S), angle
-
-
-def _mimo_scan_forward(plan: triton.Plan, inputs: Inputs):
-    return jax.vjp(functools.partial(_triton_scan, plan), inputs)
-
-
-def _mimo_scan_backward(plan: triton.Plan, pullback, cotangents) -> tuple[Inputs]:
-    del plan
-    return pullback(cotangents)
-
-
-# Under jax.checkpoint the first pass then runs the faster forward, and only the second the one that saves.
-_mimo_scan.defvjp(_mimo_scan_forward, _mimo_scan_backward, optimize_remat=True)
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 @jax.custom_batching.sequential_vmap
@@ -165,25 +137,19 @@ def forward(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     Under vmap the launches follow one another.
     """
-    return forward_in_segments(inputs, choose_segments(*inputs.seq.x.shape[:3]))
+    return forward_in_segments(inputs, _segments_of(inputs))
 
 
 @jax.custom_batching.sequential_vmap
 def forward_saving(inputs: Inputs) -> tuple:
     """`forward`, and what the backward needs of it: `Prepared`, and H before every chunk."""
-    return forward_in_segments(inputs, choose_segments(*inputs.seq.x.shape[:3]), save=True)
+    return forward_in_segments(inputs, _segments_of(inputs), save=True)
 
 
 @jax.custom_batching.sequential_vmap
-def backward_kernels(given: Operands, prepared: Prepared, chunk_ssm, dy, dssm) -> tuple[backward.Gradients, jax.Array]:
-    """`backward.kernels`, one launch after another under vmap."""
-    return backward.kernels(given, prepared, chunk_ssm, dy, dssm, segments=choose_segments(*dy.shape[:3]))
-
-
-@jax.custom_batching.sequential_vmap
-def mimo(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`forward` at rank 2 and 4."""
-    return mimo_in_segments(inputs, choose_segments(*inputs.seq.x.shape[:3], mimo_forward.T))
+def backward_kernels(inputs: Inputs, prepared: Prepared, chunk_ssm, dy, dssm) -> tuple:
+    """What the rank's `kernels` find, one launch after another under vmap."""
+    return backward_in_segments(inputs, prepared, chunk_ssm, dy, dssm, _segments_of(inputs))
 
 
 def choose_segments(batch: int, length: int, heads: int, positions: int = T) -> int:
@@ -193,23 +159,69 @@ def choose_segments(batch: int, length: int, heads: int, positions: int = T) -> 
     return math.ceil(chunks / math.ceil(chunks / wanted))
 
 
+def _segments_of(inputs: Inputs) -> int:
+    return choose_segments(*inputs.seq.x.shape[:3], _positions_of(inputs))
+
+
+def _positions_of(inputs: Inputs) -> int:
+    return _POSITIONS[inputs.seq.b.shape[2]]
+
+
+def _backward_of(inputs: Inputs):
+    return backward if inputs.seq.b.shape[2] == 1 else mimo_backward
+
+
 def forward_in_segments(inputs: Inputs, segments: int, save: bool = False, interpret=None) -> tuple:
     """`forward` with a given number of segments.
 
     `save` adds `Prepared` and H before every chunk. `interpret`: parameters of the interpreter, if it is to run them.
     """
     prepared, angle = prepare(inputs)
+    run = _siso_forward if inputs.seq.b.shape[2] == 1 else mimo_forward.forward_in_segments
+    y, ssm, *saved = run(inputs, prepared, segments, save, interpret)
+    return y, ssm, angle, *((prepared, *saved) if save else ())
+
+
+def _siso_forward(inputs: Inputs, prepared: Prepared, segments: int, save: bool, interpret) -> tuple[jax.Array, ...]:
     x, z, b, c, b_bias, c_bias, d = operands(inputs)
-    how = {"segments": segments, "interpret": interpret}
-    before = state_pass(x, b, prepared, b_bias, **how) if segments > 1 else None
-    y, ssm, *saved = output_pass(x, z, b, c, prepared, b_bias, c_bias, d, inputs.ssm, before, save=save, **how)
-    return y[:, : inputs.seq.x.shape[1]], ssm, angle, *((prepared, *saved) if save else ())
+    cut = choose_cut(x.shape[1] // T, segments, heads=x.shape[2], groups=b.shape[2])
+    before = None
+    if cut.segments > 1:
+        before = state_pass(
+            x, b, prepared, b_bias, pieces=(cut.segments - 1) * cut.pieces, count=cut.count // cut.pieces,
+            together=cut.together, interpret=interpret,
+        )  # fmt: skip
+    y, *states = output_pass(
+        x, z, b, c, prepared, b_bias, c_bias, d, inputs.ssm, before,
+        count=cut.count, pieces=cut.pieces, save=save, interpret=interpret,
+    )  # fmt: skip
+    return y[:, : inputs.seq.x.shape[1]], *states
 
 
-def mimo_in_segments(inputs: Inputs, segments: int, interpret=None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`mimo` with a given number of segments; `interpret` as in `forward_in_segments`."""
-    prepared, angle = prepare(inputs, mimo_forward.T)
-    return *mimo_forward.forward_in_segments(inputs, prepared, segments, interpret), angle
+class Cut(NamedTuple):
+    """How the SISO forward cuts a sequence."""
+
+    segments: int  # of `output_pass`
+    count: int  # chunks of a segment, but for the last
+    pieces: int  # of a segment in `state_pass`; divides `count`
+    together: int  # heads of a program there
+
+
+def choose_cut(chunks: int, segments: int, heads: int, groups: int) -> Cut:
+    """Of a sequence of so many chunks into about as many segments, of which all but the last are whole pieces."""
+    most = math.ceil(chunks / segments)
+    pieces = min(_PIECES, most)
+    count = math.ceil(most / pieces) * pieces
+    return Cut(math.ceil(chunks / count), count, pieces, math.gcd(heads // groups, _TOGETHER))
+
+
+def backward_in_segments(
+    inputs: Inputs, prepared: Prepared, chunk_ssm, dy: jax.Array, dssm, segments: int, interpret=None
+) -> tuple:
+    """`backward_kernels` with a given number of segments; `interpret` as in `forward_in_segments`."""
+    given = operands(inputs) if inputs.seq.b.shape[2] == 1 else mimo_forward.operands(inputs)
+    dy = in_chunks(dy, _positions_of(inputs))
+    return _backward_of(inputs).kernels(given, prepared, chunk_ssm, dy, dssm, segments=segments, interpret=interpret)
 
 
 def operands(inputs: Inputs) -> Operands:
@@ -226,10 +238,11 @@ def operands(inputs: Inputs) -> Operands:
     )  # fmt: skip
 
 
-def prepare(inputs: Inputs, positions: int = T) -> tuple[Prepared, jax.Array]:
-    """What the kernels need of every chunk of `positions`, and the phase after the last token; see prepare.py."""
+def prepare(inputs: Inputs) -> tuple[Prepared, jax.Array]:
+    """What the kernels need of every chunk, and the phase after the last token; see prepare.py."""
     dt, a, lam, omega = (getattr(inputs.seq, name) for name in ("dt", "a", "lam", "omega"))
     batch, length, heads = dt.shape
+    positions = _positions_of(inputs)
     chunks = math.ceil(length / positions)
     document = jnp.zeros((1,), jnp.int32) if inputs.document is None else inputs.document
 
@@ -240,7 +253,7 @@ def prepare(inputs: Inputs, positions: int = T) -> tuple[Prepared, jax.Array]:
         coefficients, [dt, a, lam, omega, document], {"length": length},
         [shape(heads, chunks, COEFFICIENTS, positions), shape(chunks * positions, 2 * S, dtype=jnp.bfloat16),
          shape(heads, chunks, S, dtype=jnp.int32)],
-        (chunks, math.ceil(heads / _HEADS), batch), 4,
+        (chunks, math.ceil(heads / _HEADS), batch), _WARPS,
         {"H": heads, "S": S, "T": positions, "HEADS": _HEADS, "ROWS": COEFFICIENTS, "PART": _PART,
          "HAS_DOC": inputs.document is not None},
     )  # fmt: skip

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from ...residuals import SCAN_RESIDUALS
 from ..cotangents import Parts, combine, phase_flow
 from ..inputs import Inputs
 from ..readout import readout
@@ -72,7 +74,8 @@ def scan(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _scan_forward(plan: Plan, inputs: Inputs):
     prepared, last_phase = _prepare(plan, inputs)
-    y, ssm, y_rows, chunk_ssm = _forward(plan, inputs, prepared, save=True)
+    kept = prepared, *_forward(plan, inputs, prepared, save=True)
+    prepared, y, ssm, y_rows, chunk_ssm = checkpoint_name(kept, SCAN_RESIDUALS)
     return (y, ssm, last_phase), (inputs, prepared, ssm, y_rows, chunk_ssm)
 
 
@@ -91,8 +94,7 @@ def _scan_backward(plan: Plan, residuals, cotangents) -> tuple[Inputs]:
     return (combine(inputs, parts, plan.positions, dphase),)
 
 
-# Under jax.checkpoint the first pass then saves nothing, and runs the faster forward.
-scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
+scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _padded(width: int, least: int) -> int:

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..ends import entering_ssm, leaving_state, number_documents, start_at_last_document
+from ...documents import number_documents
+from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Sequence, Weights
 from ..readout import per_rank, readout
 from ..state import Mamba3State

@@ -1,0 +1,108 @@
+"""The Mosaic GPU MIMO backward: its kernels, and what is left to JAX."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..cotangents import Parts, phase_flow
+from ..inputs import Inputs, Weights
+from .backward import choose_block
+from .forward import Prepared
+from .mimo_forward import Operands
+from .mimo_gradients import ALONG, OVERLAP, SAME, TURN, Side, gradients
+from .mimo_pieces import T
+from .mimo_state_gradients import FLOW, TURNED_FLOW, state_gradients
+from .pieces import DECAY, OTHER, P, S
+
+
+class Found(NamedTuple):
+    """What the kernels write."""
+
+    queries: Side
+    keys: Side
+    flows: jax.Array  # [b, h, chunks, FLOWS, N / 2] float32
+
+
+def kernels(
+    given: Operands, prepared: Prepared, chunk_ssm: jax.Array, dy: jax.Array, dssm: jax.Array | None,
+    *, segments: int, interpret=None,
+) -> tuple[Found, jax.Array]:  # fmt: skip
+    """Parts of all gradients, and the whole one of H before the first token, [b, h, P, N] float32.
+
+    Args:
+      given: what the forward read.
+      prepared: likewise.
+      chunk_ssm: H before every chunk, as the forward saved it.
+      dy: gradient of y, [b, l, h, P] bfloat16; l is a whole number of chunks.
+      dssm: of H after the last token, [b, h, P, N] float32; None = zeros.
+      segments: of the sequence, for `state_gradients`.
+      interpret: parameters of the interpreter, if it is to run the kernels.
+    """
+    batch, length, heads, _ = dy.shape
+    x, z, b, c, weights, d = given
+    chunk_grad, flows, first_grad = state_gradients(
+        dy, z, c, prepared, weights, chunk_ssm, dssm, segments=segments, interpret=interpret
+    )
+    block = choose_block(batch, 2 * length, heads, b.shape[3])  # half as many positions to a chunk as there
+    how = {"block": block, "interpret": interpret}
+    queries = gradients(False, x, z, dy, b, c, prepared, weights, d, chunk_ssm, **how)
+    keys = gradients(True, x, z, dy, b, c, prepared, weights, d, chunk_grad, **how)
+    return Found(queries, keys, flows), first_grad
+
+
+def parts(
+    inputs: Inputs, prepared: Prepared, found: Found, first_grad: jax.Array,
+    ssm: jax.Array | None, dssm: jax.Array | None,
+) -> Parts:  # fmt: skip
+    """What `cotangents.combine` makes gradients of. `ssm`: H after the last token, needed with its gradient `dssm`."""
+    batch, length, heads, _ = inputs.seq.x.shape
+    weights = inputs.weights
+    queries, keys, flows = found
+
+    def vector(side: Side, row: int) -> jax.Array:  # [b, h, chunks, T]
+        return side.vectors[:, :, :, :, row].sum(axis=3)
+
+    def whole(v: jax.Array) -> jax.Array:
+        return v.reshape(batch, heads, -1)[:, :, :length]
+
+    later = np.tri(T, dtype=np.float32)  # a step of the decay reaches every later position
+    along = vector(queries, ALONG) - vector(keys, ALONG)
+    decay = jnp.einsum("bhmt,ts->bhms", along, later, precision=jax.lax.Precision.HIGHEST)
+    log_scale = prepared.coefficients[:, :, :, DECAY] - prepared.coefficients[:, :, :, OTHER]
+    turned = flows[:, :, :, TURNED_FLOW]
+    decay_flow, phase_flows = flows[:, :, :, FLOW].sum(axis=-1), turned[..., S:] - turned[..., :S]
+    # The kernel saw no H after the last chunk.
+    last_decay = jnp.zeros_like(decay_flow[:, :, :1])
+    last_phase = jnp.zeros_like(phase_flows[:, :, :1])
+    if dssm is not None:
+        last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
+        last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
+    of_queries, of_keys = (side.mimo.sum(axis=(0, 1)) for side in (queries, keys))
+    of_weights = {
+        "b_bias": keys.biases.sum(axis=(0, 1)),
+        "c_bias": queries.biases.sum(axis=(0, 1)),
+        "mimo_x": of_keys,
+        "mimo_z": of_queries[..., P:],
+        "mimo_o": of_queries[..., :P],
+        "d": vector(queries, OVERLAP).sum(axis=(0, 2, 3)),
+        "norm_weight": None,
+    }
+    of_weights = {name: None if getattr(weights, name) is None else v for name, v in of_weights.items()}
+    return Parts(
+        x=keys.value[:, :length],
+        z=queries.value[:, :length],
+        b=keys.down[:, :, :length],
+        c=queries.down[:, :, :length],
+        weights=Weights(**of_weights),
+        decay=whole(decay),
+        scale=whole(vector(keys, ALONG) * jnp.exp2(-log_scale)),
+        gamma=whole(vector(queries, SAME)),
+        turn=whole(vector(queries, TURN) + vector(keys, TURN)),
+        omega=(queries.omega.sum(axis=1) + keys.omega.sum(axis=1))[:, :, :length],
+        decay_flow=jnp.concatenate([decay_flow[:, :, :-1], last_decay], axis=2),
+        phase_flow=jnp.concatenate([phase_flows[:, :, :-1], last_phase], axis=2),
+        ssm=None if inputs.ssm is None else first_grad,
+        start_flow=None if inputs.ssm is None else phase_flow(first_grad, inputs.ssm, S, paired=False),
+    )  # fmt: skip

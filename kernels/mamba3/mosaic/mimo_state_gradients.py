@@ -1,0 +1,220 @@
+"""Hopper kernels of the MIMO backward scan: G, the gradient of H, from the end of a head's sequence to its start.
+
+Notation as in mimo_forward.py and mimo_gradients.py. Per chunk, in registers, with sums over pairs of ranks:
+
+    G ← 2^(L_end) G + Σ_q (2^L ⊙ g_q)ᵀ C_q
+
+G after every chunk is written as it is before that step, and with it what a step of the decay or of a phase does to all
+that comes later: <G, H> by coordinate, and the parts of <G, J H>, where H follows the chunk. A sequence may be cut into
+segments, as in the forward.
+
+Shared memory is used without automatic barriers. The warpgroup meets at two points of a chunk:
+  A  Rotated C is in place of the raw one, 2^L ⊙ g in `scaled`, G in `narrow`. Every warp has read ω, dy, z and the
+     coefficients: those of the next chunk may arrive. G may leave.
+  C  Every warp's products with C, `scaled`, G and H are done, and G has left: they may change, the next C and H arrive.
+Before A every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from . import mimo_pieces as mimo
+from .forward import Prepared
+from .mimo_forward import _by_parts, _get_pair, _in_blocks, _iotas, _rotate_pairs, _turn
+from .mimo_pieces import POS, ROWS, T, blocks, cols, join, product, settle
+from .pieces import (
+    COEFFICIENTS,
+    DECAY,
+    GRID,
+    HALF,
+    PARAMETERS,
+    WG,
+    N,
+    P,
+    S,
+    iotas,
+    load_rows,
+    load_tile,
+    opaque_zero,
+    pick,
+    rows,
+    tile,
+    widen,
+)
+from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
+
+# Rows of what is written per chunk, float32 [N / 2] each: <G, H> by coordinate, summed over both halves of them; and
+# <G, J H> in two parts, by coordinate of G.
+FLOWS = 2
+FLOW, TURNED_FLOW = range(FLOWS)
+
+
+def state_gradients(
+    dy: jax.Array, z: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array, chunk_ssm: jax.Array,
+    last_grad: jax.Array | None, *, segments: int, interpret=None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradient of H after every chunk, its flows there but for the last, and the gradient before the first token.
+
+    Args:
+      dy: gradient of the output, [b, l, h, P] bfloat16; l is a whole number of chunks.
+      z: the gate, likewise.
+      c: C, [b, l, r, g, N] bfloat16.
+      prepared: from prepare.py, for chunks of T positions.
+      weights: from `mimo_pieces.pack`.
+      chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
+      last_grad: gradient of H after the last token, [b, h, P, N] float32; None = zeros.
+      segments: of the sequence; all but the last have equally many chunks.
+      interpret: parameters of the interpreter, if it is to run the kernels.
+
+    Returns:
+      [b, h, chunks, P, N] bfloat16, [b, h, chunks, FLOWS, N / 2] and [b, h, P, N] float32.
+    """
+    given = (dy, z, c, prepared, weights, chunk_ssm)
+    after = _walk(*given, None, (), segments, True, interpret) if segments > 1 else ()
+    return _walk(*given, last_grad, after, segments, False, interpret)
+
+
+def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: int, states_only: bool, interpret):
+    """Walks every segment. `states_only`: but the first, from G = 0; returns what each adds to G, and its decay.
+
+    `after` is what that returned (segment_states.py).
+    """
+    batch, length, heads, _ = dy.shape
+    ranks, groups = c.shape[2:4]
+    pairs, per_group, chunks = ranks // 2, heads // groups, length // T
+    most = -(-chunks // segments)
+    simulated = interpret is not None
+
+    def body(*refs):
+        dy_ref, z_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, *refs = refs
+        if not states_only:
+            ssm_ref, *refs = refs
+        if last_grad is not None:
+            last_ref, *refs = refs
+        if after:
+            added_ref, decay_ref, *refs = refs
+        if states_only:
+            added_out, decay_out, *refs = refs
+        else:
+            grads_ref, flow_ref, first_ref, *refs = refs
+        (all_c, all_dy, all_z, all_scaled, all_rates, all_here, all_start, all_narrow, all_following,
+         early_here, c_here, following_here) = refs  # fmt: skip
+        index, segment, head = (lax.axis_index(name) for name in GRID)
+        if states_only:
+            segment = segment + 1
+        first = segment * most
+        count = jnp.minimum(most, chunks - first) if chunks % segments else most
+
+        def get_early(back):
+            ci = first + count - 1 - back
+            at, span = (index, head, ci), pl.ds(ci * T, T)
+            plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[0], early_here)
+            plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[0], early_here)
+            plgpu.copy_gmem_to_smem(rate_ref.at[index, span], all_rates.at[0].transpose((1, 0, 2)), early_here)
+            plgpu.copy_gmem_to_smem(dy_ref.at[index, span, head], all_dy.at[0], early_here)
+            plgpu.copy_gmem_to_smem(z_ref.at[index, span, head], all_z.at[0], early_here)
+
+        def get_c(back):
+            for pair in range(pairs):
+                ci = index * chunks + first + count - 1 - back
+                _get_pair(c_ref, ci, pair, head // per_group, all_c.at[0, pair], c_here, simulated)
+            if not states_only:
+                # The last chunk has none following: what comes of it is not used.
+                after = jnp.minimum(first + count - back, chunks - 1)
+                plgpu.copy_gmem_to_smem(ssm_ref.at[index, head, after], all_following.at[0], following_here)
+
+        get_early(0)
+        get_c(0)
+        state = no_state() if last_grad is None else load_state(last_ref.at[index, head])
+        if after:
+            added, decays, later = added_ref.at[index, head], decay_ref.at[index, head], segments - 1 - segment
+            state = pass_through(state, added, decays, later, lambda back: segments - 2 - back)
+        all_narrow[0] = state.astype(jnp.bfloat16)
+
+        def chunk(back, carry):
+            state, log_decay = carry
+            zero = opaque_zero(simulated)
+            rows_c, scaled, here, start, narrow = (
+                v.at[zero] for v in (all_c, all_scaled, all_here, all_start, all_narrow)
+            )
+            weight = functools.partial(mimo.load_weight, weight_ref.at[head + zero], simulated=simulated)
+            plgpu.barrier_wait(early_here)
+            cos, sin = _turn(here, start, all_rates.at[0], *_iotas(zero), simulated)
+            end = here[DECAY, T - 1]
+            from_start = rows(jnp.exp2(load_rows(here.at[DECAY], POS)), P)
+            z_wide, dy_wide = (widen(load_tile(v.at[zero], POS), simulated, POS) for v in (all_z, all_dy))
+            for pair in range(pairs):
+                both = []
+                for rank in (2 * pair, 2 * pair + 1):
+                    half = z_wide * cols(weight(rank, mimo.MIMO_Z))
+                    g = dy_wide * cols(weight(rank, mimo.MIMO_O)) * (half * jnp.tanh(half) + half)
+                    both.append((g * from_start).astype(jnp.bfloat16))
+                scaled[pl.ds(ROWS * pair, ROWS)] = join(*both, simulated)
+            plgpu.barrier_wait(c_here)
+            _rotate_pairs(rows_c, mimo.C_BIAS, mimo.C_REST, weight, cos, sin, simulated)
+            plgpu.commit_smem()  # A
+            pl.when(back + 1 < count)(lambda: get_early(back + 1))
+            if not states_only:
+                ci = first + count - 1 - back
+                plgpu.copy_smem_to_gmem(all_narrow.at[0], grads_ref.at[index, head, ci])
+                plgpu.barrier_wait(following_here)
+                _flows(narrow, all_following.at[zero], flow_ref.at[index, head, ci], simulated)
+            state = mimo.begin(state * jnp.exp2(end), simulated)
+            by_column = plgpu.load(scaled.transpose((1, 0)), layout=WG)
+            state = settle(product(state, by_column, all_c.at[0], simulated), 0, simulated)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # C: this, too, makes the warps meet
+            all_narrow[0] = state.astype(jnp.bfloat16)
+            pl.when(back + 1 < count)(lambda: get_c(back + 1))
+            return state, log_decay + end
+
+        state, log_decay = lax.fori_loop(0, count, chunk, (state, jnp.float32(0.0)))
+        if states_only:
+            at = (index, head, segment - 1)
+            store_added(added_out.at[at], decay_out.at[at], state, log_decay)
+        else:
+
+            @pl.when(segment == 0)
+            def _():
+                first_ref[index, head] = state
+
+            plgpu.wait_smem_to_gmem(0)
+
+    shape, f32 = jax.ShapeDtypeStruct, jnp.float32
+    out = (
+        shape((batch, heads, chunks, P, N), jnp.bfloat16), shape((batch, heads, chunks, FLOWS, HALF), f32),
+        shape((batch, heads, P, N), f32),
+    )  # fmt: skip
+    given = [() if states_only else (chunk_ssm,), () if last_grad is None else (last_grad,), after]
+    return plgpu.kernel(
+        body,
+        out_type=added_shapes(batch, heads, segments) if states_only else out,
+        scratch_types=[
+            blocks(1, pairs), tile(1, T, P), tile(1, T, P), tile(1, ranks * T, P),
+            plgpu.SMEM((1, 2, T, S), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(64),)),
+            plgpu.SMEM((1, COEFFICIENTS, T), f32), plgpu.SMEM((1, S), f32), tile(1, P, N), tile(1, P, N),
+            plgpu.Barrier(num_arrivals=5), plgpu.Barrier(num_arrivals=pairs), plgpu.Barrier(),
+        ],
+        grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
+        interpret=interpret, compiler_params=PARAMETERS,
+    )(dy, z, _in_blocks(c, simulated), *_by_parts(prepared), weights, *sum(map(tuple, given), ()))  # fmt: skip
+
+
+def _flows(grad, ssm, out, simulated: bool) -> None:
+    """What FLOWS says, of G and H [P, N] in shared memory: diagonals of products over P."""
+    row, column = iotas()
+
+    def add(turned, rest):
+        for acc, first in ((turned, 0), (rest, HALF)):
+            half = pl.ds(first, HALF)
+            plgpu.wgmma(acc, grad.at[:, half].transpose((1, 0)), ssm.at[:, half])
+        turned, rest = (plgpu.wgmma_accumulator_load(acc, wait_n=0) for acc in (turned, rest))
+        out[FLOW] = pick(turned, row, column, 0, simulated) + pick(rest, row, column, 0, simulated)
+        out[TURNED_FLOW] = pick(turned, row, column, S, simulated)
+
+    square = plgpu.ACC((HALF, HALF), jnp.float32)
+    pl.run_scoped(add, square, square)

@@ -1,0 +1,266 @@
+"""Products of the Mosaic GPU kernels issued by hand.
+
+Pallas' own wgmma writes zeros to registers for what begins as 0, long before they are needed. What is written by hand
+has a plain twin for the interpreter (`simulated`).
+"""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
+
+from .pieces import STEP_HIGH, STEP_LOW, WG, S, T, _causal_ones, _int, _places, cols, cos_sin, load_cols, load_tile
+
+_IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_SWIZZLE, _DEEP = 128, 64  # bytes, columns
+
+
+def product(acc, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False) -> jax.Array:
+    """acc + a @ b; without acc, the product alone. It runs on by itself until `settle`.
+
+    Args:
+      acc: [64, n] float32, from `begin` or another product.
+      a: [64, k] bfloat16, an array or in shared memory (tile); not to be changed before the product is done.
+      b: [k, n] bfloat16 in shared memory (tile).
+      simulated: whether the interpreter runs this.
+      a_t: `a` is given transposed, in shared memory.
+      b_t: `b` is given transposed.
+    """
+    in_registers = isinstance(a, jax.Array)
+    if simulated:
+        left, right = (v if isinstance(v, jax.Array) else v[...] for v in (a, b))
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        left, right = left.T if a_t else left, right.T if b_t else right
+        out = jnp.dot(left, right, precision=lax.Precision.HIGHEST)
+        return out if acc is None else acc + out
+    depth, n = b.shape[::-1] if b_t else b.shape
+
+    def inline(ctx, a, b, *acc):
+        right = mma_utils.create_descriptor(
+            mgpu.utils.memref_transpose(b, (1, 0, 3, 2)) if b_t else b,
+            swizzle=_SWIZZLE, group_size=(_DEEP, n), logical_k_major=True, split_const=True,
+        )  # fmt: skip
+        transposes = [right[2] != mma_utils.Dim.K]
+        if in_registers:
+            a = fragmented_array.optimization_barrier(a)
+        else:
+            left = mma_utils.create_descriptor(
+                mgpu.utils.memref_transpose(a, (1, 0, 3, 2)) if a_t else a,
+                swizzle=_SWIZZLE, group_size=(64, _DEEP), logical_k_major=False, split_const=True,
+            )  # fmt: skip
+            transposes.insert(0, left[2] != mma_utils.Dim.K)
+        registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
+        nvvm.wgmma_fence_aligned()
+        for k in range(0, depth, 16):
+            part = _words(a[:, k : k + 16]) if in_registers else _descriptor(left, k)
+            registers = _wgmma(registers, part, _descriptor(right, k), n, transposes)
+        _assembly("wgmma.commit_group.sync.aligned;")
+        return _array(_IN_FLIGHT, (64, n), np.array(registers))
+
+    memory = plgpu.RefType(_TRANSFORMS)
+    types = (WG if in_registers else memory, memory) + ((_IN_FLIGHT,) if acc is not None else ())
+    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=_IN_FLIGHT)
+    return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
+
+
+def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
+    """The result of a product once at most `in_flight` later ones have not ended."""
+    if simulated:
+        return v
+
+    @plgpu.inline_mgpu(arg_types=(_IN_FLIGHT,), return_type=plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=WG))
+    def inline(ctx, array):
+        _assembly(f"wgmma.wait_group.sync.aligned {in_flight};")
+        return fragmented_array.optimization_barrier(array).to_layout(WG.to_mgpu())
+
+    return inline(v)
+
+
+def begin(v: jax.Array, simulated: bool) -> jax.Array:
+    """[64, n] float32 as what a product adds to."""
+    if simulated:
+        return v
+    out = plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=_IN_FLIGHT)
+    return plgpu.inline_mgpu(arg_types=(WG,), return_type=out)(lambda ctx, v: v.to_layout(_IN_FLIGHT.to_mgpu()))(v)
+
+
+def turn_by_hand(coefficients, start, rates, row: jax.Array, column: jax.Array, simulated: bool):
+    """Cosine and sine as `turn` in pieces.py has them."""
+    causal = _causal_ones(row, column, simulated)
+    acc = None
+    for k in (STEP_HIGH, STEP_LOW):
+        part = causal * cols(load_cols(coefficients.at[k]).astype(jnp.bfloat16), T)
+        acc = product(acc, part, rates, simulated)
+    parts = settle(acc, 0, simulated)
+    return cos_sin((parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T), simulated)
+
+
+def _descriptor(parts, k: int) -> tuple[ir.Value, int, int]:
+    """Of an operand, from its row or column k on: its low 32 bits as a value and what is to be added, its high bits."""
+    ((base, constant), (_, steps)), (_, group_stride), _ = parts
+    group, within = divmod(k, _DEEP)
+    offset = mma_utils.encode_addr(group * group_stride) + (within // 16) * mma_utils.encode_addr(steps[0])
+    return base, offset + (constant & 0xFFFFFFFF), constant >> 32
+
+
+def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transposes: list[bool]) -> list[ir.Value]:
+    """One instruction, 16 deep; `a`: 4 registers or a descriptor.
+
+    Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
+    registers.
+    """
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    count = n // 2
+    inputs, names, code = [], {}, ""
+    first = 2 * count if acc else count
+    if isinstance(a, list):
+        inputs += a
+        names["a"] = f"{{{', '.join(f'${first + k}' for k in range(4))}}}"
+    for name, operand in (("a", a), ("b", b)):
+        if isinstance(operand, tuple):
+            base, low, high = operand
+            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; mov.b64 {name}, {{low_{name}, {high}}}; "
+            inputs.append(base)
+            names[name] = name
+    flags = "".join(f", {int(v)}" for v in transposes)
+    code = (
+        "{ .reg .pred p; .reg .b32 low_a, low_b; .reg .b64 a, b; "
+        + code
+        + f"setp.ne.b32 p, {int(acc is not None)}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(f'${k}' for k in range(count))}}}, "
+        f"{names['a']}, b, p, 1, 1{flags}; }}"
+    )
+    constraints = ["=f"] * count + ([str(k) for k in range(count)] if acc else []) + ["r"] * len(inputs)
+    outputs = llvm.inline_asm(
+        llvm.StructType.get_literal([one] * count), [*(acc or ()), *inputs], code, ",".join(constraints),
+        asm_dialect=0, has_side_effects=True,
+    )  # fmt: skip
+    return [llvm.extractvalue(one, outputs, [k]) for k in range(count)]
+
+
+def _assembly(code: str) -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
+
+
+def _words(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    return [_word(v) for v in array.registers.flat]
+
+
+def _word(register: ir.Value) -> ir.Value:
+    """Two bfloat16 numbers as an integer."""
+    word = vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), register)
+    return vector.extract(word, [], [0])
+
+
+def _array(layout, shape: tuple[int, ...], registers: np.ndarray) -> mgpu.FragmentedArray:
+    layout = layout.to_mgpu()
+    out = np.empty(layout.registers_shape(shape), dtype=object)
+    out.flat[:] = list(registers.flat)
+    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+
+def column_sums(v: jax.Array, out, partial, simulated: bool) -> None:
+    """Sums of v, float32 [64, 64], over its rows to out [64] of global memory; partial: [4, 64] of shared memory.
+
+    What of a column a warp's threads have goes to one of them, halving what each has at every exchange.
+    """
+    if simulated:
+        out[...] = jnp.sum(v, axis=0)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(WG, plgpu.RefType(), plgpu.RefType()))
+    def inline(ctx, v, out, partial):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        two = ir.VectorType.get((2,), f32)
+        thread = arith.andi(arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x)), _int(127))
+        lane = arith.andi(thread, _int(31))
+        registers = v.registers.reshape(8, 2)
+        sums = [arith.addf(*registers[k]) for k in range(8)]  # a column block of eight each
+        sums = [[vector.extract(r, [], [e]) for e in range(2)] for r in sums]
+        for distance in (16, 8, 4):
+            high = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, _int(distance)), _int(0))
+            half = len(sums) // 2
+            kept = []
+            for low_pair, high_pair in zip(sums[:half], sums[half:], strict=True):
+                pair = []
+                for a, b in zip(low_pair, high_pair, strict=True):
+                    mine, other = arith.select(high, b, a), arith.select(high, a, b)
+                    other = nvvm.shfl_sync(_int(-1), other, _int(distance), _int(31), nvvm.ShflKind.bfly)
+                    pair.append(arith.addf(mine, other))
+                kept.append(pair)
+            sums = kept
+        # Now a lane has columns 2 lane and 2 lane + 1.
+        base = mgpu.utils.memref_ptr(partial)
+        llvm.store(vector.from_elements(two, sums[0]), mgpu.utils.getelementptr(base, [thread], two), alignment=8)
+        mgpu.warpgroup_barrier()
+        total = None
+        for warp in range(4):
+            at = mgpu.utils.getelementptr(base, [arith.addi(lane, _int(32 * warp))], two)
+            one = llvm.load(two, at, alignment=8)
+            total = one if total is None else arith.addf(total, one)
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [lane], two)
+        llvm.store(total, pointer, alignment=8)
+
+    inline(v, out, partial)
+
+
+def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
+    """Cosine and sine [T, S] to shared memory in float16, in an order that only `unstash_turns` understands.
+
+    Rounded to 2^-12 they are off by an eighth of what bfloat16 is.
+    """
+    if simulated:
+        for k, v in enumerate((cos, sin)):
+            ref[k] = v.astype(jnp.float16).astype(jnp.float32)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, WG))
+    def inline(ctx, ref, cos, sin):
+        f16, i32 = ir.F16Type.get(), ir.IntegerType.get_signless(32)
+        four = ir.VectorType.get((4,), i32)
+        words = []
+        for pair in zip(cos.registers.flat, sin.registers.flat, strict=True):
+            for e in range(2):
+                both = [vector.extract(r, [], [e]) for r in pair]
+                both = vector.from_elements(ir.VectorType.get((2,), ir.F32Type.get()), both)
+                both = arith.truncf(ir.VectorType.get((2,), f16), both)
+                words.append(vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), both), [], [0]))
+        for k, at in enumerate(_places(ref)):
+            llvm.store(vector.from_elements(four, words[4 * k : 4 * k + 4]), at, alignment=16)
+
+    inline(ref, cos, sin)
+
+
+def unstash_turns(ref, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """What `stash_turns` put there."""
+    if simulated:
+        return tuple(load_tile(ref.at[k]) for k in range(2))
+    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=WG)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))
+    def inline(ctx, ref):
+        f16, f32, i32 = ir.F16Type.get(), ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        two, four = ir.VectorType.get((2,), f32), ir.VectorType.get((4,), i32)
+        halves = ([], [])
+        for at in _places(ref):
+            words = llvm.load(four, at, alignment=16)
+            for k in range(4):
+                word = vector.from_elements(ir.VectorType.get((1,), i32), [vector.extract(words, [], [k])])
+                both = arith.extf(two, vector.bitcast(ir.VectorType.get((2,), f16), word))
+                for e, half in enumerate(halves):
+                    half.append(vector.extract(both, [], [e]))
+        arrays = []
+        for half in halves:
+            pairs = [vector.from_elements(two, half[k : k + 2]) for k in range(0, len(half), 2)]
+            registers = np.empty(len(pairs), dtype=object)
+            registers[:] = pairs
+            arrays.append(_array(WG, out.shape, registers))
+        return tuple(arrays)
+
+    return inline(ref)

@@ -1,0 +1,3 @@
+"""The name under which scans offer `jax.checkpoint` policies what their backward needs of the forward."""
+
+SCAN_RESIDUALS = "scan_residuals"
