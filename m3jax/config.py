@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from m3jax.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float64")
+MIXERS = ("attention", "gated_deltanet", "mamba2", "mamba3")
 _IMPLEMENTATIONS = ("mosaic", "reference", "triton", "xla")
 
 
@@ -30,6 +31,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head is the embedding; False: a weight of its own
     d_model: int = 768
     n_layers: int = 12
+    mixers: str = "mamba3"  # of the layers in turn, repeated to the last: names with commas between, see mixer_pattern
     d_intermediate: int = 1500  # SwiGLU width, rounded up to a multiple of 128; 0 = no MLP
     expand: int = 2  # heads * headdim = expand * d_model
     headdim: int = 64  # p
@@ -43,14 +45,28 @@ class ModelConfig:
     dt_min: float = 1e-3  # the initial step sizes are log-uniform in [dt_min, dt_max], never under dt_init_floor
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
+    d_conv: int = 4  # tokens that the short convolution of mamba2 and gated_deltanet sees
+    gdn_heads: int = 4
+    gdn_headdim: int = 128  # of queries and keys
+    gdn_expand_v: int = 2  # width of values over that of keys
+    gdn_negative_eigenvalues: bool = False  # write strengths up to 2 instead of 1: eigenvalues down to -1
+    attention_heads: int = 12  # of queries
+    attention_kv_heads: int | None = None  # of keys and values, a divisor; None = as many
+    attention_headdim: int = 64
+    rope_theta: float = 10_000.0  # base of attention's rotary positions; 0 = no positions (NoPE)
     residuals_per_layer: int = 2  # the layers' output projections start divided by sqrt(residuals_per_layer * n_layers)
     dtype: str = "bfloat16"  # of activations and matmul operands
     param_dtype: str = "float32"
     state_dtype: str = "float32"  # of the recurrent state carried between calls
     chunk_size: int | None = None  # None = the scan's own choice
     scan_implementation: str | None = None  # mosaic, reference, triton or xla; None = the fastest
-    remat: str = "full"  # what the backward recomputes per layer: none, dots (all but matmuls) or full
+    remat: str = "full"  # what the backward recomputes per layer: none, dots (all but matmuls and scans) or full
     scan_layers: bool = True  # one loop over the layers; False: none, for faster steps and longer compilation
+
+    @property
+    def mixer_pattern(self) -> tuple[str, ...]:
+        """The mixers of the first layers, after which they repeat."""
+        return tuple(name.strip() for name in self.mixers.split(","))
 
     @property
     def d_inner(self) -> int:
@@ -66,6 +82,11 @@ class ModelConfig:
     def n_angles(self) -> int:
         """Number of rotary angles s."""
         return int(self.d_state * self.rope_fraction) // 2
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads of keys and values in attention."""
+        return self.attention_kv_heads or self.attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -236,6 +257,10 @@ def _check_model(m: ModelConfig) -> None:
     for name in ("vocab_size", "pad_vocab_multiple", "d_model", "n_layers", "expand", "headdim", "d_state", "ngroups",
                  "mimo_rank", "residuals_per_layer"):  # fmt: skip
         _require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
+    for name in m.mixer_pattern:
+        _one_of("model.mixers", name, MIXERS)
+    _require(m.n_layers % len(m.mixer_pattern) == 0, "model.n_layers", m.n_layers,
+             f"a multiple of the {len(m.mixer_pattern)} layers of model.mixers")  # fmt: skip
     _require(m.d_intermediate >= 0, "model.d_intermediate", m.d_intermediate, "a width, or 0 for no MLP")
     _require(m.d_inner % m.headdim == 0, "model.headdim", m.headdim, f"a divisor of expand * d_model = {m.d_inner}")
     _require(m.n_heads % m.ngroups == 0, "model.ngroups", m.ngroups, f"a divisor of the {m.n_heads} heads")
@@ -244,6 +269,15 @@ def _check_model(m: ModelConfig) -> None:
         m.rope_fraction == 0 or (m.d_state * m.rope_fraction) % 2 == 0,
         "model.d_state", m.d_state, f"a size of which rope_fraction = {m.rope_fraction} is an even number",
     )  # fmt: skip
+    _require(m.d_conv >= 2, "model.d_conv", m.d_conv, "at least 2")
+    for name in ("gdn_heads", "gdn_headdim", "gdn_expand_v", "attention_heads", "attention_headdim"):
+        _require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
+    kv = m.attention_kv_heads
+    _require(kv is None or (kv >= 1 and m.attention_heads % kv == 0), "model.attention_kv_heads", kv,
+             f"None or a divisor of the {m.attention_heads} heads of queries")  # fmt: skip
+    _require(m.rope_theta >= 0, "model.rope_theta", m.rope_theta, "a positive base, or 0 for no positions")
+    _require(m.rope_theta == 0 or m.attention_headdim % 2 == 0, "model.attention_headdim", m.attention_headdim,
+             "an even width, whose halves rope_theta turns")  # fmt: skip
     _one_of("model.a_activation", m.a_activation, ("heavy_tail", "softplus"))
     _require(m.a_floor >= 0, "model.a_floor", m.a_floor, "at least 0")
     _require(0 < m.dt_min <= m.dt_max, "model.dt_min", m.dt_min, f"a number in (0, dt_max = {m.dt_max}]")

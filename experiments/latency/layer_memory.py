@@ -20,7 +20,7 @@ from m3jax.models.block import Block
 
 def layer_bytes(config: ModelConfig, batch: int, length: int) -> int:
     """Temporaries of the gradient of one layer with respect to its input and parameters."""
-    block = Block(config)
+    block = Block(config, "mamba3")
     x = jax.ShapeDtypeStruct((batch, length, config.d_model), jnp.float32)
     params = jax.eval_shape(lambda: block.init(jax.random.key(0), jnp.zeros((1, 2, config.d_model)), None, None))
     return _temporaries(lambda p, x: jnp.sum(block.apply(p, x, None, None)[0]), params, x)

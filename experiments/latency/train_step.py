@@ -178,7 +178,7 @@ def time_steps(step: Step, options: argparse.Namespace) -> dict:
         "step_s_low": low,
         "step_s_high": high,
         "tokens_per_s": tokens / median,
-        "mfu": tokens / median * flops_per_token(config.model) / peak if peak else None,
+        "mfu": tokens / median * flops_per_token(config.model, config.data.sequence_length) / peak if peak else None,
         "temporaries_GB": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "peak_memory_GB": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
     }

@@ -12,12 +12,6 @@ from .state import Mamba3State
 _EXACT = jax.lax.Precision.HIGHEST
 
 
-def number_documents(segment_ids: jax.Array) -> jax.Array:
-    """Numbers from 0 up, [b, l]: one more wherever the ids change."""
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-
-
 def entering_ssm(seq: Sequence, weights: Weights, state: Mamba3State, acc: jnp.dtype) -> jax.Array:
     """H before the first token, [b, h, p, n], with the half step due to the token before it folded in."""
     half_step = ((1 - seq.lam[:, 0].astype(acc)) * seq.dt[:, 0].astype(acc))[..., None, None]  # [b, h, 1, 1]

@@ -21,8 +21,6 @@ import jax.numpy as jnp
 
 from .rotary import rotate
 
-_EXACT = jax.lax.Precision.HIGHEST
-
 
 def rotate_rounded(v: jax.Array, angle: jax.Array, operand: jnp.dtype) -> jax.Array:
     """`rotate`, then rounds to `operand`.
@@ -100,39 +98,6 @@ def _round_backward_backward(operand: jnp.dtype, residuals: tuple[jax.Array, jax
 
 
 _round_backward.defvjp(_round_backward_forward, _round_backward_backward)
-
-
-def matmul(spec: str, left: jax.Array, right: jax.Array, operand: jnp.dtype) -> jax.Array:
-    """An einsum of two arrays of one dtype, in which the result and the sums are too; operands are rounded first."""
-    if operand == left.dtype:
-        return jnp.einsum(spec, left, right, precision=_EXACT)
-    return _matmul(spec, operand, left, right)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(spec: str, operand: jnp.dtype, left: jax.Array, right: jax.Array) -> jax.Array:
-    return _product(spec, left.astype(operand), right.astype(operand))
-
-
-def _matmul_forward(spec: str, operand: jnp.dtype, left: jax.Array, right: jax.Array):
-    rounded = left.astype(operand), right.astype(operand)
-    return _product(spec, *rounded), rounded
-
-
-def _matmul_backward(spec: str, operand: jnp.dtype, rounded: tuple[jax.Array, jax.Array], cotangent: jax.Array):
-    left, right = rounded
-    inputs, out = spec.split("->")
-    left_axes, right_axes = inputs.split(",")
-    cotangent = cotangent.astype(operand)  # autodiff would multiply it in float32, off the fast units
-    left_bar = _product(f"{out},{right_axes}->{left_axes}", cotangent, right)
-    return left_bar, _product(f"{left_axes},{out}->{right_axes}", left, cotangent)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _product(spec: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
 def _angle_cotangent(cotangent: jax.Array, v: jax.Array, angle: jax.Array) -> jax.Array:

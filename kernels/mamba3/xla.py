@@ -20,9 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .ends import entering_ssm, leaving_state, number_documents
+from ..documents import number_documents
+from ..products import matmul, operand_dtype
+from .ends import entering_ssm, leaving_state
 from .inputs import Sequence, Weights, accumulator_dtype
-from .narrow import matmul, rotate_rounded, round_backward, round_forward
+from .narrow import rotate_rounded, round_backward, round_forward
 from .phases import reduce_turns, running_sums, sum_turns
 from .readout import per_rank, readout
 from .rotary import TWO_PI, wrap_angle
@@ -140,7 +142,7 @@ def _block(carry: _Carry, inputs: _Block, *, weights: Weights, chunk: int, norm_
     """m chunks in parallel; returns the next carry and y [b, t, h, p]."""
     acc = inputs.dt.dtype
     heads, rank = inputs.x.shape[2], inputs.b.shape[2]
-    operand = _operand_dtype(inputs.x.dtype)
+    operand = operand_dtype(inputs.x.dtype)
 
     def chunked(v: jax.Array) -> jax.Array:  # [b, t, h, ...] → [b, h, m, c, ...]
         v = v.reshape(v.shape[0], -1, chunk, *v.shape[2:])
@@ -246,13 +248,6 @@ def _read_out(y: jax.Array, x: jax.Array, z: jax.Array | None, weights: Weights,
         y, x, z, expand(weights.d, 1, 1), expand(weights.mimo_z, rank, p), expand(weights.mimo_o, rank, p),
         expand(weights.norm_weight, 1, p), norm_eps,
     )  # fmt: skip
-
-
-def _operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    # XLA's CPU backend lacks some bfloat16 products with float32 results.
-    if jax.default_backend() == "cpu":
-        return jnp.promote_types(dtype, jnp.float32)
-    return dtype
 
 
 def _min_log_decay(dtype: jnp.dtype) -> float:

@@ -42,7 +42,7 @@ def generate(
     row does not depend on its neighbours, and with a key for every row two calls draw the same tokens as one long one.
 
     Args:
-      model: a language model with the methods `prefill`, `step` and `logits`, and its `config`.
+      model: a language model with the methods `initial_state`, `prefill`, `step` and `logits`, and its `config`.
       params: the model's parameters.
       prompt_tokens: [b, l] integers, or b sequences of any lengths of at least 1.
       max_new_tokens: how many tokens a row may gain.
@@ -123,7 +123,8 @@ def _prefill_and_decode(
         step, _, _, done, _ = carry
         return (step < max_new_tokens) & ~jnp.all(done)
 
-    hidden, state = apply(prompts, segment_ids, method="prefill")
+    state = model.initial_state(batch, prompts.shape[1] + output_size)
+    hidden, state = apply(prompts, segment_ids, state, method="prefill")
     logits = apply(hidden[:, -1], method="logits")
     output = jnp.full((batch, output_size), NO_TOKEN, jnp.int32)
     *_, output = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), logits, state, jnp.zeros(batch, bool), output))

@@ -5,13 +5,16 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import Mamba3State
-from m3jax.models import mamba3
-from m3jax.models.block import Block
+from m3jax.kernels import SCAN_RESIDUALS
+from m3jax.models.block import Block, Period
+from m3jax.models.mixers import MIXERS, State
 from m3jax.models.norm import RMSNorm
 
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SCAN_RESIDUALS),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -20,7 +23,9 @@ class LanguageModel(nn.Module):
     """A causal language model. b batch, l length, V = config.padded_vocab_size.
 
     Parameters of the layers are stacked: every leaf under "layers" has n_layers as its first axis; so has the decode
-    state. `initial_state` needs no parameters; the other methods are called through `apply`.
+    state. Where layers have different mixers, those of one period of the pattern are apart ("layers/0", "layers/1",
+    ...; a tuple of states), and the first axis runs over periods. `initial_state` needs no parameters; the other
+    methods are called through `apply`.
     """
 
     config: ModelConfig
@@ -35,14 +40,15 @@ class LanguageModel(nn.Module):
         if m.remat != "none":
             # In a loop the compiler cannot undo recomputation by taking it for a common subexpression.
             block = nn.remat(Block, policy=_REMAT_POLICIES[m.remat], prevent_cse=not m.scan_layers)
+        periods, alike = m.n_layers // len(m.mixer_pattern), len(m.mixer_pattern) == 1
         self.layers = nn.scan(
-            block,
+            block if alike else Period,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
-            length=m.n_layers,
-            unroll=1 if m.scan_layers else m.n_layers,
-        )(m)
+            length=periods,
+            unroll=1 if m.scan_layers else periods,
+        )(m, m.mixer_pattern[0] if alike else block)
         self.norm = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype))
 
     def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -55,15 +61,18 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
     def prefill(
-        self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: Mamba3State | None = None
-    ) -> tuple[jax.Array, Mamba3State]:
-        """Like `hidden`, from `state` (None = zero) on, and returns the state after the last token too."""
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, state: State | None = None
+    ) -> tuple[jax.Array, State]:
+        """Like `hidden`, from `state` on, and returns the state after the last token too.
+
+        None as state is the one before any token, with room for these.
+        """
         if state is None:
-            state = self.initial_state(tokens.shape[0])
+            state = self.initial_state(*tokens.shape)
         x, state = self.layers(self._embed(tokens), segment_ids, state)
         return self.norm(x), state
 
-    def step(self, token: jax.Array, state: Mamba3State) -> tuple[jax.Array, Mamba3State]:
+    def step(self, token: jax.Array, state: State) -> tuple[jax.Array, State]:
         """One decode step: token [b] and the state before it → logits [b, V] and the state after it."""
         x, state = self.layers(self._embed(token), None, state)
         return self.logits(self.norm(x)), state
@@ -77,10 +86,13 @@ class LanguageModel(nn.Module):
             "...d,vd->...v", hidden.astype(operand), self.head.astype(operand), preferred_element_type=accumulator
         )
 
-    def initial_state(self, batch: int) -> Mamba3State:
-        """The zero state of all layers for `batch` sequences."""
-        layer = mamba3.initial_state(self.config, batch)
-        return jax.tree.map(lambda v: jnp.zeros((self.config.n_layers, *v.shape), v.dtype), layer)
+    def initial_state(self, batch: int, capacity: int) -> State:
+        """The state of all layers before the first token of `batch` sequences of at most `capacity` tokens each."""
+        m = self.config
+        states = tuple(MIXERS[name].initial_state(m, batch, capacity) for name in m.mixer_pattern)
+        periods = m.n_layers // len(states)
+        stacked = jax.tree.map(lambda v: jnp.broadcast_to(v, (periods, *v.shape)), states)
+        return stacked if len(states) > 1 else stacked[0]
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         residual = jnp.promote_types(self.config.dtype, jnp.float32)

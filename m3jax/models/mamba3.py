@@ -17,6 +17,7 @@ from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import EPSILON, RMSNorm
 from m3jax.models.own_rows import on_own_rows
+from m3jax.models.step_size import dt_bias_init
 
 
 def heavy_tail(x: jax.Array) -> jax.Array:
@@ -77,7 +78,7 @@ class Mamba3Mixer(nn.Module):
         lead = u.shape[:-1]
         accumulator = jnp.promote_types(m.dtype, jnp.float32)
         dt, a, lam, theta = (v.astype(accumulator) for v in (dt, a, lam, theta))
-        dt_bias = self.param("dt_bias", _dt_bias_init(m), (heads,), m.param_dtype).astype(accumulator)
+        dt_bias = self.param("dt_bias", dt_bias_init(m), (heads,), m.param_dtype).astype(accumulator)
         norm = {"dtype": m.dtype, "param_dtype": m.param_dtype}
         return {
             "x": x.reshape(*lead, heads, m.headdim),
@@ -107,21 +108,10 @@ class Mamba3Mixer(nn.Module):
         return weights
 
 
-def initial_state(config: ModelConfig, batch: int) -> Mamba3State:
-    """The zero state of one mixer for `batch` sequences."""
+def initial_state(config: ModelConfig, batch: int, capacity: int) -> Mamba3State:
+    """The zero state of one mixer for `batch` sequences; it needs no more room for more tokens."""
+    del capacity
     state = Mamba3State.zeros(
         batch, config.n_heads, config.headdim, config.d_state, config.mimo_rank, config.n_angles, config.dtype
     )
     return state._replace(ssm=state.ssm.astype(config.state_dtype))
-
-
-def _dt_bias_init(config: ModelConfig) -> nn.initializers.Initializer:
-    """softplus⁻¹ of step sizes log-uniform in [dt_min, dt_max], none under dt_init_floor."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-        dt = jnp.maximum(dt, config.dt_init_floor)
-        return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
-
-    return init

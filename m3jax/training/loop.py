@@ -113,7 +113,7 @@ class _Trainer:
         self.progress = Progress(self.last_step)
         self.throughput = Throughput(
             config.data.batch_size * config.data.sequence_length,
-            flops_per_token(config.model),
+            flops_per_token(config.model, config.data.sequence_length),
             self._peak_flops(),
         )
 

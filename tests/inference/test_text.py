@@ -34,8 +34,11 @@ class ScriptedModel(nn.Module):
 
     config: Script
 
-    def prefill(self, tokens, segment_ids):
-        return jnp.zeros((*tokens.shape, 1)), jnp.int32(0)
+    def initial_state(self, batch, capacity):
+        return jnp.int32(0)
+
+    def prefill(self, tokens, segment_ids, state):
+        return jnp.zeros((*tokens.shape, 1)), state
 
     def logits(self, hidden):
         return self._say(0)
@@ -149,9 +152,9 @@ def test_bos_is_put_in_front_of_the_prompt():
     prompts = []
 
     class Listening(ScriptedModel):
-        def prefill(self, tokens, segment_ids):
+        def prefill(self, tokens, segment_ids, state):
             jax.debug.callback(lambda t, s: prompts.append(t[s == 1].tolist()), tokens, segment_ids)
-            return super().prefill(tokens, segment_ids)
+            return super().prefill(tokens, segment_ids, state)
 
     model = Listening(Script(((BYTES.eos_id,),)))
     assert generate_text(model, {}, BYTES, ["Hi"], max_new_tokens=1, temperature=0) == [""]

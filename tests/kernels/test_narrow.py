@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3jax.kernels import mamba3_scan
-from m3jax.kernels.mamba3 import narrow, xla
+from m3jax.kernels import mamba3_scan, products
+from m3jax.kernels.mamba3 import xla
 from tests import tolerances
 from tests.kernels.cases import Case, make, segments
 
@@ -33,8 +33,8 @@ def narrow_operands(monkeypatch):
         left, right = (jax.lax.reduce_precision(v.astype(jnp.float32), 8, 7) for v in (left, right))
         return jnp.einsum(spec, left, right, precision=jax.lax.Precision.HIGHEST)
 
-    monkeypatch.setattr(xla, "_operand_dtype", lambda dtype: dtype)
-    monkeypatch.setattr(narrow, "_product", product)
+    monkeypatch.setattr(xla, "operand_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(products, "_product", product)
     xla.scan.clear_cache()
     yield
     xla.scan.clear_cache()
@@ -92,7 +92,7 @@ def test_matmul_differentiates_like_einsum(narrow_operands):
     spec = "bhmkp,bhmkn->bhmpn"
     gradients = [
         jax.grad(lambda operands, f=f: jnp.sum(weights * f(*operands)))((left, right))
-        for f in (lambda *v: narrow.matmul(spec, *v, jnp.bfloat16), lambda *v: jnp.einsum(spec, *v))
+        for f in (lambda *v: products.matmul(spec, *v, jnp.bfloat16), lambda *v: jnp.einsum(spec, *v))
     ]
     for actual, expected in zip(*gradients, strict=True):
         assert actual.dtype == jnp.float32
@@ -101,7 +101,7 @@ def test_matmul_differentiates_like_einsum(narrow_operands):
 
 def test_accelerator_path_traces(monkeypatch):
     # The products themselves, which cannot run here.
-    monkeypatch.setattr(xla, "_operand_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(xla, "operand_dtype", lambda dtype: dtype)
     args = _inputs(dataclasses.replace(MIMO, l=23))
     gradients = jax.eval_shape(jax.grad(lambda a: mamba3_scan(**a, implementation="xla").astype("float32").sum()), args)
     assert all(v.dtype == args[name].dtype and v.shape == args[name].shape for name, v in gradients.items())

@@ -74,7 +74,7 @@ def test_dtypes(dtype, state_dtype):
     apply = jax.jit(model.apply, static_argnames="method")
     hidden, state = apply({"params": params}, TOKENS, method="prefill")
     assert hidden.dtype == jnp.dtype(dtype) and state.ssm.dtype == jnp.dtype(state_dtype)
-    zero = model.initial_state(2)
+    zero = model.initial_state(2, 19)
     assert jax.tree.map(lambda v: (v.shape, v.dtype), zero) == jax.tree.map(lambda v: (v.shape, v.dtype), state)
     logits, after = apply({"params": params}, TOKENS[:, 0], state, method="step")
     assert logits.dtype == jnp.float32 and logits.shape == (2, 64)

@@ -1,0 +1,88 @@
+"""The public functions of the gated delta rule."""
+
+import jax
+import jax.numpy as jnp
+
+from . import reference, xla
+from .inputs import Sequence, check_inputs
+
+_IMPLEMENTATIONS = ("reference", "xla")
+
+
+def gated_delta_scan(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    beta: jax.Array,
+    *,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The gated delta rule over a sequence (arXiv 2412.06464, equation 10).
+
+    S ← e^g S (I - β k kᵀ) + β v kᵀ;  o = S q.
+
+    Letters: b batch, l length, h heads, n width of keys, p width of values. Gradients flow to every float argument and
+    from every output.
+
+    Args:
+      q: queries, [b, l, h, n], scaled as they are to be.
+      k: keys, [b, l, h, n], of length 1.
+      v: values, [b, l, h, p].
+      log_decay: g ≤ 0, [b, l, h].
+      beta: write strength, [b, l, h]: in [0, 1], or up to 2 for eigenvalues down to -1 (arXiv 2411.12537).
+      initial_state: S before the first token, [b, h, p, n]; None = zeros.
+      segment_ids: integers, [b, l]; where they change, a new document starts from S = 0. The first token continues
+        `initial_state`.
+      chunk_size: positions per chunk of "xla"; None = 64.
+      implementation: "reference" (token by token) or "xla" (chunked matrix products); None = "xla".
+      return_state: also return S after the last token.
+
+    Returns:
+      o [b, l, h, p] in v's dtype, or (o, S in float32 or better).
+
+    Raises:
+      ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation.
+      TypeError: an argument that is not floating point.
+    """
+    seq = Sequence(q, k, v, log_decay, beta)
+    check_inputs(seq, initial_state, segment_ids)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size}; expected at least 1.")
+    if implementation not in (None, *_IMPLEMENTATIONS):
+        raise ValueError(f"implementation = {implementation!r}; expected None or one of {', '.join(_IMPLEMENTATIONS)}.")
+    state = _state(seq, initial_state)
+    if implementation == "reference":
+        o, state = reference.scan(seq, state, segment_ids)
+    else:
+        o, state = xla.scan(chunk_size or xla.CHUNK, seq, state, segment_ids)
+    return (o, state) if return_state else o
+
+
+def gated_delta_step(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """One token; arguments as in `gated_delta_scan` without the length axis.
+
+    Returns:
+      o [b, h, p] in v's dtype, and the next S in the dtype it came in.
+
+    Raises:
+      ValueError: a shape that does not fit (the argument is named).
+      TypeError: an argument that is not floating point.
+    """
+    token = Sequence(q, k, v, log_decay, beta)
+    check_inputs(token, state, None)
+    o, new_state = reference.step(token, _state(token, state))
+    return o, new_state.astype(state.dtype)
+
+
+def _state(seq: Sequence, state: jax.Array | None) -> jax.Array:
+    acc = jnp.promote_types(seq.v.dtype, jnp.float32)
+    if state is not None:
+        return state.astype(acc)
+    return jnp.zeros((seq.v.shape[0], *seq.v.shape[-2:], seq.k.shape[-1]), acc)

@@ -1,0 +1,121 @@
+"""Causal self-attention as in Llama: grouped queries, rotary positions or none, a cache of keys and values."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from m3jax.config import ModelConfig
+from m3jax.models.linear import Linear, closing_gain
+
+_CUDNN_DTYPES = ("bfloat16", "float16")
+
+
+class AttentionState(NamedTuple):
+    """Keys and values of the tokens so far; m is how many there is room for."""
+
+    keys: jax.Array  # [b, m, kv heads, d]
+    values: jax.Array  # [b, m, kv heads, d]
+    length: jax.Array  # [b] int32, tokens so far
+    start: jax.Array  # [b] int32, of them those before the current document
+
+
+class Attention(nn.Module):
+    """Softmax attention; `config.attention_*`. With rope_theta = 0 it knows nothing of positions (NoPE)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, u: jax.Array, segment_ids: jax.Array | None = None, state: AttentionState | None = None
+    ) -> tuple[jax.Array, AttentionState | None]:
+        """Arguments and results as in mixers.py. Tokens beyond the state's room are not kept."""
+        m = self.config
+        one_token = u.ndim == 2
+        if one_token:
+            u = u[:, None]
+        q, k, v = Linear(m, tuple(n * m.attention_headdim for n in (m.attention_heads, *2 * (m.n_kv_heads,))),
+                         name="qkv_proj")(u)  # fmt: skip
+        q, k, v = (t.reshape(*t.shape[:2], -1, m.attention_headdim) for t in (q, k, v))
+        if m.rope_theta:
+            length = jnp.zeros(u.shape[0], jnp.int32) if state is None else state.length
+            position = length[:, None] + jnp.arange(u.shape[1])[None]
+            q, k = (rotate(t, position, m.rope_theta) for t in (q, k))
+        if state is None:
+            y = attend(q, k, v, segment_ids)
+        else:
+            y, state = _attend_from(state, q, k, v, segment_ids)
+        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y.reshape(*u.shape[:2], -1))
+        return (out[:, 0] if one_token else out), state
+
+
+def initial_state(config: ModelConfig, batch: int, capacity: int) -> AttentionState:
+    """No tokens yet, and room for `capacity`."""
+    cache = jnp.zeros((batch, capacity, config.n_kv_heads, config.attention_headdim), config.dtype)
+    none = jnp.zeros(batch, jnp.int32)
+    return AttentionState(cache, cache, none, none)
+
+
+def rotate(v: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), pairs (i, d/2 + i): v [b, l, h, d], position [b, l]."""
+    half = v.shape[-1] // 2
+    accumulator = jnp.promote_types(v.dtype, jnp.float32)
+    rate = theta ** (-jnp.arange(half, dtype=accumulator) / half)
+    angle = position[:, :, None, None].astype(accumulator) * rate[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    real, imag = jnp.split(v.astype(accumulator), 2, axis=-1)
+    return jnp.concatenate([real * cos - imag * sin, real * sin + imag * cos], axis=-1).astype(v.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Every token attends to itself and those before it in its document.
+
+    Args:
+      q: [b, l, h, d].
+      k: [b, l, kv heads, d], as v; kv heads divides h.
+      v: values.
+      segment_ids: [b, l] or None.
+
+    Returns:
+      [b, l, h, d].
+    """
+    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return _dot_product_attention(q, k, v, mask, is_causal=True)
+
+
+def _dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, **options) -> jax.Array:
+    fused = jax.default_backend() == "gpu" and str(q.dtype) in _CUDNN_DTYPES and q.shape[-1] % 8 == 0
+    if not fused and jax.default_backend() == "cpu":  # which lacks some products of narrow operands
+        q, k, v = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in (q, k, v))
+    implementation = "cudnn" if fused and q.shape[-1] <= 128 else "xla"
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation, **options)
+
+
+def _attend_from(
+    state: AttentionState, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, AttentionState]:
+    """Attention of new tokens [b, l, ...] to themselves and the cache, and the cache with them."""
+    batch, n_new = q.shape[:2]
+    position = state.length[:, None] + jnp.arange(n_new)[None]  # [b, l]
+    rows = jnp.arange(batch)[:, None]
+    keys, values = (
+        cache.at[rows, position].set(new.astype(cache.dtype), mode="drop")
+        for cache, new in ((state.keys, k), (state.values, v))
+    )
+    start = jnp.broadcast_to(state.start[:, None], position.shape)  # where the document of each new token starts
+    if segment_ids is not None:
+        changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        start = jax.lax.cummax(jnp.where(changed, position, start), axis=1)
+    after = AttentionState(keys, values, state.length + n_new, start[:, -1])
+
+    def to_cache() -> jax.Array:
+        slot = jnp.arange(keys.shape[1])[None, None]
+        mask = (slot <= position[..., None]) & (slot >= start[..., None])  # [b, l, m]
+        return _dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None])
+
+    if n_new == 1:
+        return to_cache(), after
+    # Prompts mostly come first, and then need nothing of the cache.
+    first = jnp.all(state.length == 0)
+    return jax.lax.cond(first, lambda: attend(q, k, v, segment_ids), to_cache), after

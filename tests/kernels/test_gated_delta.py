@@ -1,0 +1,118 @@
+"""The gated delta rule: chunks against tokens, tokens against a loop in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax.kernels import gated_delta_scan, gated_delta_step
+from tests import tolerances
+
+B, L, H, N, P = 2, 75, 3, 12, 10
+DOCUMENTS = np.stack([np.repeat([3, 1, 2], [20, 1, 54]), np.repeat([1, 2], [64, 11])])
+
+
+def make(seed: int = 0, dtype: str = "float64") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(2, B, L, H, N))
+    return {
+        name: np.asarray(v, dtype)
+        for name, v in {
+            "q": q / np.sqrt(N),
+            "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+            "v": rng.normal(size=(B, L, H, P)),
+            "log_decay": -np.exp(rng.uniform(-6, 1, size=(B, L, H))),
+            "beta": rng.uniform(0, 2, size=(B, L, H)),
+        }.items()
+    }
+
+
+def make_state(dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng(7).normal(size=(B, H, P, N)).astype(dtype)
+
+
+def naive(args: dict, state: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """S ← e^g S (I - β k kᵀ) + β v kᵀ, as written."""
+    o, state = np.zeros((B, L, H, P)), state.copy()
+    for b, h in np.ndindex(B, H):
+        for t in range(L):
+            q, k, v, g, beta = (args[name][b, t, h] for name in ("q", "k", "v", "log_decay", "beta"))
+            if t and documents[b, t] != documents[b, t - 1]:
+                state[b, h] = 0
+            turned = state[b, h] @ (np.eye(N) - beta * np.outer(k, k))
+            state[b, h] = np.exp(g) * turned + beta * np.outer(v, k)
+            o[b, t, h] = state[b, h] @ q
+    return o, state
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_equals_the_equation(x64, implementation):
+    args, state = make(), make_state()
+    o, final = gated_delta_scan(
+        **args, initial_state=state, segment_ids=DOCUMENTS, implementation=implementation, return_state=True,
+        **({"chunk_size": 16} if implementation == "xla" else {}),
+    )  # fmt: skip
+    expected_o, expected = naive(args, state, DOCUMENTS)
+    tolerance = tolerances.rounding("float64", L * N)
+    tolerances.assert_close(o, expected_o, tolerance, "o")
+    tolerances.assert_close(final, expected, tolerance, "S")
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "packed"])
+@pytest.mark.parametrize("chunk_size", [1, 16, None])
+def test_gradients_of_chunks_equal_those_of_tokens(x64, documents, chunk_size):
+    args, state = make(1), make_state()
+    rng = np.random.default_rng(2)
+    cotangents = rng.normal(size=(B, L, H, P)), rng.normal(size=state.shape)
+
+    def gradients(**options):
+        def projection(args, state):
+            out = gated_delta_scan(
+                **args, initial_state=state, segment_ids=documents, return_state=True, **options
+            )  # fmt: skip
+            return sum(jnp.sum(v * ct) for v, ct in zip(out, cotangents, strict=True))
+
+        found, of_state = jax.jit(jax.grad(projection, argnums=(0, 1)))(args, state)
+        return found | {"state": of_state}
+
+    actual = gradients(implementation="xla", chunk_size=chunk_size)
+    for name, expected in gradients(implementation="reference").items():
+        tolerances.assert_close(actual[name], expected, tolerances.rounding("float64", L * N), name)
+
+
+def test_float32_with_keys_that_are_nearly_one():
+    """The hardest system: every token overwrites what the one before wrote."""
+    args = make(3, "float32")
+    args["k"] = np.broadcast_to(args["k"][:, :1], args["k"].shape)
+    args["beta"][:], args["log_decay"][:] = 1.0, 0.0
+    actual = gated_delta_scan(**args)
+    expected = np.einsum("blhp,blhn,blhn->blhp", args["v"], args["k"], args["q"])
+    tolerances.assert_close(actual, expected, tolerances.rounding("float32", N), "o")
+
+
+def test_steps_equal_the_scan():
+    args, state = make(4, "float32"), make_state("float32")
+    expected, final = gated_delta_scan(**args, initial_state=state, return_state=True)
+    step = jax.jit(gated_delta_step)
+    for t in range(L):
+        o, state = step(**{name: v[:, t] for name, v in args.items()}, state=state)
+        tolerances.assert_close(o, expected[:, t], tolerances.rounding("float32", L * N), f"token {t}")
+    tolerances.assert_close(state, final, tolerances.rounding("float32", L * N), "S")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"k": np.zeros((B, L, H, N + 1))}, r"k has shape .*; expected \(2, 75, 3, 12\)"),
+    ({"beta": np.zeros((B, L))}, "beta has shape"),
+    ({"initial_state": np.zeros((B, H, N, P))}, r"expected \[b, h, p, n\]"),
+    ({"segment_ids": np.zeros((B, L + 1), int)}, "segment_ids has shape"),
+    ({"chunk_size": 0}, "chunk_size = 0; expected at least 1"),
+    ({"implementation": "triton"}, "expected None or one of reference, xla"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        gated_delta_scan(**make() | change)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="v has dtype int32"):
+        gated_delta_scan(**make() | {"v": np.zeros((B, L, H, P), np.int32)})

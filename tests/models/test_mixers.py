@@ -1,0 +1,93 @@
+"""What every mixer and mixtures of them promise: documents, causality, and one answer however the tokens come."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax.config import ModelConfig
+from m3jax.models.language_model import LanguageModel
+from tests import tolerances
+
+TINY = ModelConfig(
+    vocab_size=61, d_model=16, n_layers=2, d_intermediate=24, headdim=8, d_state=8, dtype="float32",
+    attention_heads=4, attention_kv_heads=2, attention_headdim=8,
+    gdn_heads=2, gdn_headdim=8,
+)  # fmt: skip
+MODELS = {
+    "mamba3": {},
+    "mamba2": {"mixers": "mamba2", "ngroups": 2},
+    "gated_deltanet": {"mixers": "gated_deltanet", "gdn_negative_eigenvalues": True},
+    "attention": {"mixers": "attention"},
+    "attention without positions": {"mixers": "attention", "rope_theta": 0.0},
+    "hybrid": {"mixers": "mamba3, attention", "n_layers": 4, "rope_theta": 0.0, "outproj_norm": True},
+    "all": {"mixers": "mamba3, mamba2, gated_deltanet, attention", "n_layers": 4},
+}
+TOKENS = np.random.default_rng(0).integers(0, 61, size=(2, 23))
+DOCUMENTS = np.stack([np.repeat([1, 2, 3], [5, 1, 17]), np.repeat([4, 0, 7], [9, 8, 6])])
+TOLERANCE = tolerances.rounding("float32", TINY.d_state * 23)  # sums run along the sequence
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request):
+    """(apply, parameters, model)."""
+    built = LanguageModel(dataclasses.replace(TINY, **MODELS[request.param]))
+    params = jax.jit(built.init)(jax.random.key(0), jnp.asarray(TOKENS))["params"]
+    apply = jax.jit(built.apply, static_argnames="method")
+    return lambda *args, **kwargs: apply({"params": params}, *args, **kwargs), params, built
+
+
+def test_documents_do_not_see_each_other(model):
+    apply, _, _ = model
+    packed = apply(TOKENS, DOCUMENTS)
+    for row, (first, last) in ((0, (0, 5)), (0, (5, 6)), (0, (6, 23)), (1, (9, 17))):
+        alone = apply(TOKENS[row : row + 1, first:last])
+        tolerances.assert_close(packed[row, first:last], alone[0], TOLERANCE, f"row {row}, tokens {first} to {last}")
+
+
+def test_later_tokens_change_nothing(model):
+    apply, _, _ = model
+    changed = TOKENS.copy()
+    changed[:, 11:] = (changed[:, 11:] + 1) % 61
+    before, after = np.asarray(apply(TOKENS)), np.asarray(apply(changed))
+    np.testing.assert_array_equal(before[:, :11], after[:, :11])
+    assert (before[:, 11:] != after[:, 11:]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "documents"])
+def test_pieces_and_steps_equal_the_whole(model, documents):
+    apply, _, built = model
+
+    def document(first, last):
+        return None if documents is None else documents[:, first:last]
+
+    expected = apply(TOKENS, documents)
+    state = built.initial_state(2, 23)
+    for first, last in ((0, 7), (7, 20)):
+        if documents is not None:  # A call continues the document of the call before.
+            assert (documents[:, first] == documents[:, max(first - 1, 0)]).all()
+        hidden, state = apply(TOKENS[:, first:last], document(first, last), state, method="prefill")
+        logits = apply(hidden, method="logits")
+        tolerances.assert_close(logits, expected[:, first:last], TOLERANCE, f"tokens {first} to {last}")
+    for t in range(20, 23):
+        logits, state = apply(TOKENS[:, t], state, method="step")
+        tolerances.assert_close(logits, expected[:, t], TOLERANCE, f"token {t}")
+
+
+def test_gradients_reach_every_parameter(model):
+    _, params, built = model
+
+    def loss(params):
+        return jnp.sum(jax.nn.log_softmax(built.apply({"params": params}, TOKENS, DOCUMENTS))[..., 0])
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_state_is_kept_in_shape(model):
+    apply, _, built = model
+    zero = built.initial_state(2, 30)
+    _, state = apply(TOKENS, None, zero, method="prefill")
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), zero) == jax.tree.map(lambda v: (v.shape, v.dtype), state)
