@@ -9,6 +9,7 @@ import pytest
 
 from m3jax.config import ModelConfig
 from m3jax.models.block import Block
+from m3jax.models.mixers import MIXERS
 from m3jax.training.flops import device_peak_flops, flops_per_token, forward_flops_per_token
 
 _CONFIG = ModelConfig(d_model=128, n_layers=1, d_intermediate=256, headdim=64, d_state=64, dtype="float32")
@@ -22,12 +23,15 @@ def test_forward_of_a_layer(mixer, rank):
     config = dataclasses.replace(_CONFIG, mixers=mixer, mimo_rank=rank, remat="none")
     block = Block(config, mixer)
     x = jnp.zeros((1, length, config.d_model))
+    state = MIXERS[mixer].initial_state(config, 1, length) if mixer == "gated_deltanet" else None
     params = jax.eval_shape(lambda: block.init(jax.random.key(0), x, None, None))
-    compiled = jax.jit(lambda p, x: block.apply(p, x, None, None)[0]).lower(params, x).compile()
+    compiled = jax.jit(lambda p, x: block.apply(p, x, None, state)).lower(params, x).compile()
     counted = sum(flops for part, flops in forward_flops_per_token(config, length).items() if part != "head") * length
     # XLA also counts what is not a matrix product: elementwise work on scores (64 wide, a score costs 2n + 2p = 256),
-    # on rotated B and C and on states, and the running sums; so it finds more, but less than half as much again.
-    assert counted <= compiled.cost_analysis()["flops"] <= 1.5 * counted
+    # on rotated B and C and on states, and the running sums; so it finds more, but less than half as much again. What
+    # it does not see is the triangular system, which a library solves: 4 % here.
+    least = 0.95 if mixer == "gated_deltanet" else 1.0
+    assert least * counted <= compiled.cost_analysis()["flops"] <= 1.5 * counted
 
 
 def test_step_is_three_forwards():
