@@ -95,7 +95,7 @@ def test_answers_by_brute_force(name):
 
 
 @pytest.mark.parametrize("name", ORACLES)
-@pytest.mark.parametrize("longer", [0, 1, 2, 3])
+@pytest.mark.parametrize("longer", [0, 1])
 def test_answers_at_single_lengths(name, longer):
     # Arithmetic draws the odd length below an even one, recall needs an even one.
     length = TASKS[name].shortest + (2 * longer if name == "mqar_4_blank" else longer)
@@ -180,7 +180,7 @@ def test_batches_of_several_runs_are_those_of_each(name):
             np.testing.assert_array_equal(run[i], alone)
 
 
-@pytest.mark.parametrize("name", [name for name in VOCABULARIES if name not in ("z60", "a4", "a5", "s5")])
+@pytest.mark.parametrize("name", ["modular_arithmetic", "modular_arithmetic_brackets", "s3", "mqar_4"])
 def test_64_bit_types_change_nothing(name, x64):
     task, (low, high) = TASKS[name], lengths_at_hand(name)
     wide = jax.jit(lambda key: task.sample(key, 1024, low, high, task.positions(high)))(jax.random.key(4))
