@@ -36,7 +36,7 @@ from jax import lax
 from ..inputs import Inputs
 from . import mimo_pieces as mimo
 from .forward import Prepared, in_chunks
-from .mimo_pieces import POS, ROWS, T, blocks, cols, join, load_pair, product, settle, split, store_pair
+from .mimo_pieces import POS, ROWS, T, blocks, cols, join, load_pair, product, split, store_pair
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -62,6 +62,7 @@ from .pieces import (
     widen,
 )  # fmt: skip
 from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
+from .wgmma import begin, settle
 
 LATE = 3  # the first coefficients, of which the products' side needs to know
 _RATES = plgpu.SMEM((1, 2, T, S), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(64),))
@@ -178,10 +179,8 @@ def output_pass(
                 scores = _weigh(settle(scores, 1, simulated), mix, skips, simulated)
                 y = split(settle(y, 0, simulated), simulated)
                 pl.when(step + 1 < steps)(lambda: plgpu.barrier_arrive(c_empty.at[own]))
-                y = product(
-                    mimo.begin(join(*(v * from_start for v in y), simulated), simulated), scores, x_rows, simulated
-                )
-                state = product(mimo.begin(state * end_decay, simulated), _to_end(x_rows, to_end), b_rows, simulated)
+                y = product(begin(join(*(v * from_start for v in y), simulated), simulated), scores, x_rows, simulated)
+                state = product(begin(state * end_decay, simulated), _to_end(x_rows, to_end), b_rows, simulated)
                 plgpu.barrier_wait(z_here.at[own])
                 z_rows = mimo.spread(load_tile(z_tile, layout), simulated)
                 total = _gate(settle(y, 1, simulated), z_rows, weight, simulated)
@@ -388,7 +387,7 @@ def state_pass(
                 scaled[:, k : k + 8] * rows(x_weights[rank + j], 8)
                 for rank in range(0, ranks, 2) for k in range(0, T, 8) for j in range(2)
             ]  # fmt: skip
-            state = mimo.begin(state * jnp.exp2(end), simulated)
+            state = begin(state * jnp.exp2(end), simulated)
             state = settle(product(state, jnp.concatenate(values, axis=1), rot, simulated), 0, simulated)
             meet(simulated)  # C
             pl.when(ci + 1 < count)(lambda: get_b(ci + 1))

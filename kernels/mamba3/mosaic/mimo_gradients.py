@@ -35,9 +35,10 @@ import numpy as np
 from jax import lax
 
 from . import mimo_pieces as mimo
+from . import wgmma
 from .forward import Prepared
 from .mimo_forward import _by_parts, _get_pair, _in_blocks, _iotas, _turn
-from .mimo_pieces import POS, ROWS, T, blocks, cols, join, load_pair, product, settle, split, store_pair
+from .mimo_pieces import POS, ROWS, T, blocks, cols, join, load_pair, product, split, store_pair
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -62,6 +63,7 @@ from .pieces import (
     unstash,
     widen,
 )  # fmt: skip
+from .wgmma import settle
 
 _GRID = ("batch", "block", "chunk")
 # Rows of what is written per position, head and pair of ranks, float32 [T] each: what L_i scales as a query (or as a
@@ -194,7 +196,7 @@ def gradients(
                 part = part * rows(scale, P)
                 along += _fold(part * widen(v, simulated, POS))
                 parts.append(part + skip * widen(other, simulated, POS))
-            y = mimo.begin(join(*parts, simulated), simulated)
+            y = wgmma.begin(join(*parts, simulated), simulated)
             narrow = []
             for k, (half, _, value) in enumerate(steps):
                 scores = settle(scores, 1, simulated)

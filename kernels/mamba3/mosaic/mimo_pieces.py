@@ -21,6 +21,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from .pieces import WG, P
+from .wgmma import IN_FLIGHT, array_of, assembly, descriptor, issue, words
 
 T = 32  # positions of a chunk
 ROWS = 2 * T  # of a pair of ranks
@@ -34,7 +35,6 @@ _HALF_POS = plgpu.Layout.TILED(
     fragmented_array.Tiling(((16, 8), (8, 8), (2,))), warp_dims=(fragmented_array.Replicated(2), -5),
     lane_dims=(-3, -2), vector_dim=-1,
 )  # fmt: skip
-_IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
 
 
 def positions_layout(ranks: int):
@@ -50,7 +50,7 @@ def spread(v: jax.Array, simulated: bool) -> jax.Array:
         return jnp.concatenate([v, v])
     out = plgpu.ShapeDtypeStruct((T, v.shape[1]), v.dtype, layout=POS)
     return plgpu.inline_mgpu(arg_types=(_HALF_POS,), return_type=out)(
-        lambda ctx, v: _array(POS, out.shape, v.registers)
+        lambda ctx, v: array_of(POS, out.shape, v.registers)
     )(v)
 
 
@@ -81,7 +81,7 @@ def join(first: jax.Array, second: jax.Array, simulated: bool) -> jax.Array:
         registers = np.empty(WG.to_mgpu().registers_shape(out.shape), dtype=object)
         for half, part in enumerate(parts):
             registers[0, :, 0, 0, half].flat[:] = part.registers.flat
-        return _array(WG, out.shape, registers)
+        return array_of(WG, out.shape, registers)
 
     return inline(first, second)
 
@@ -94,7 +94,7 @@ def split(v: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
 
     @plgpu.inline_mgpu(arg_types=(WG,), return_type=(out, out))
     def inline(ctx, array):
-        return tuple(_array(POS, out.shape, array.registers[0, :, 0, 0, half]) for half in range(2))
+        return tuple(array_of(POS, out.shape, array.registers[0, :, 0, 0, half]) for half in range(2))
 
     return inline(v)
 
@@ -186,7 +186,7 @@ def load_row_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.
             loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
             pair = ir.VectorType.get((2,), element)
             registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
-        return _array(POS, (T, 64), np.array(registers))
+        return array_of(POS, (T, 64), np.array(registers))
 
     return inline(ref)
 
@@ -284,7 +284,7 @@ def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
             loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
             pair = ir.VectorType.get((2,), element)
             registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
-        return _array(POS.reduce(0), (64,), np.array(registers))
+        return array_of(POS.reduce(0), (64,), np.array(registers))
 
     return inline(ref)
 
@@ -331,14 +331,15 @@ def product(acc: jax.Array | None, a, b, simulated: bool, transposed: bool = Fal
         registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
         nvvm.wgmma_fence_aligned()
         for k in range(0, depth, 16):
-            part = _words(a[:, k : k + 16]) if in_registers else _descriptor(left, k, deep)
-            registers = _wgmma(registers, part, _descriptor(right, k, deep), n, right[2] != mma_utils.Dim.K)
-        _assembly("wgmma.commit_group.sync.aligned;")
-        return _array(_IN_FLIGHT, (64, n), np.array(registers))
+            part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, deep)
+            transposes = [right[2] != mma_utils.Dim.K] if in_registers else [False, right[2] != mma_utils.Dim.K]
+            registers = issue(registers, part, descriptor(right, k, deep), n, transposes)
+        assembly("wgmma.commit_group.sync.aligned;")
+        return array_of(IN_FLIGHT, (64, n), np.array(registers))
 
     a_type = WG if in_registers else _type(a)
-    types = (a_type, _type(b)) + ((_IN_FLIGHT,) if acc is not None else ())
-    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=_IN_FLIGHT)
+    types = (a_type, _type(b)) + ((IN_FLIGHT,) if acc is not None else ())
+    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
 
 
@@ -352,7 +353,7 @@ def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
         v = staged[...].reshape(ROWS, 64).astype(jnp.float32)
         return jnp.dot(v.T, ones[...].astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
     types = (plgpu.RefType((plgpu.SwizzleTransform(128),)), _type(ones))
-    out = plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=_IN_FLIGHT)
+    out = plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=IN_FLIGHT)
 
     @plgpu.inline_mgpu(arg_types=types, return_type=out)
     def inline(ctx, a, b):
@@ -363,32 +364,11 @@ def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
         registers = None
         nvvm.wgmma_fence_aligned()
         for k in range(0, ROWS, 16):
-            registers = _wgmma(registers, _descriptor(left, k, 64), _descriptor(right, k, 64), 8, False, True)
-        _assembly("wgmma.commit_group.sync.aligned;")
-        return _array(_IN_FLIGHT, (64, 8), np.array(registers))
+            registers = issue(registers, descriptor(left, k, 64), descriptor(right, k, 64), 8, [True, False])
+        assembly("wgmma.commit_group.sync.aligned;")
+        return array_of(IN_FLIGHT, (64, 8), np.array(registers))
 
     return inline(staged, ones)
-
-
-def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
-    """The result of a product once at most `in_flight` later ones have not ended."""
-    if simulated:
-        return v
-
-    @plgpu.inline_mgpu(arg_types=(_IN_FLIGHT,), return_type=plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=WG))
-    def inline(ctx, array):
-        _assembly(f"wgmma.wait_group.sync.aligned {in_flight};")
-        return fragmented_array.optimization_barrier(array).to_layout(WG.to_mgpu())
-
-    return inline(v)
-
-
-def begin(v: jax.Array, simulated: bool) -> jax.Array:
-    """[64, n] float32 as what a product adds to."""
-    if simulated:
-        return v
-    out = plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=_IN_FLIGHT)
-    return plgpu.inline_mgpu(arg_types=(WG,), return_type=out)(lambda ctx, v: v.to_layout(_IN_FLIGHT.to_mgpu()))(v)
 
 
 def _matrix_shape(ref) -> tuple[int, int]:
@@ -420,66 +400,3 @@ def _tiles(memory: ir.Value, width: int) -> ir.Value:
         memory = mgpu.utils.memref_fold(memory, 0, 2)
         return mgpu.utils.memref_unsqueeze(mgpu.utils.memref_unfold(memory, 0, (None, 8)), 1)
     return mgpu.utils.memref_fold(memory, 0, len(shape) - 3)
-
-
-def _descriptor(parts, k: int, deep: int) -> tuple[ir.Value, int, int]:
-    """Of an operand, from its row or column k on: its low 32 bits as a value and what is to be added, its high bits."""
-    ((base, constant), (_, steps)), (_, group_stride), _ = parts
-    group, within = divmod(k, deep)
-    offset = mma_utils.encode_addr(group * group_stride) + (within // 16) * mma_utils.encode_addr(steps[0])
-    return base, offset + (constant & 0xFFFFFFFF), constant >> 32
-
-
-def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transpose: bool, transpose_a: bool = False) -> list[ir.Value]:
-    """One instruction, 16 deep; `a`: 4 registers or a descriptor.
-
-    Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
-    registers.
-    """
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    count = n // 2
-    inputs, names, code = [], {}, ""
-    first = 2 * count if acc else count
-    if isinstance(a, list):
-        inputs += a
-        names["a"] = f"{{{', '.join(f'${first + k}' for k in range(4))}}}"
-    for name, operand in (("a", a), ("b", b)):
-        if isinstance(operand, tuple):
-            base, low, high = operand
-            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; mov.b64 {name}, {{low_{name}, {high}}}; "
-            inputs.append(base)
-            names[name] = name
-    code = (
-        "{ .reg .pred p; .reg .b32 low_a, low_b; .reg .b64 a, b; "
-        + code
-        + f"setp.ne.b32 p, {int(acc is not None)}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(f'${k}' for k in range(count))}}}, "
-        f"{names['a']}, b, p, 1, 1{'' if isinstance(a, list) else f', {int(transpose_a)}'}, {int(transpose)}; }}"
-    )
-    constraints = ["=f"] * count + ([str(k) for k in range(count)] if acc else []) + ["r"] * len(inputs)
-    outputs = llvm.inline_asm(
-        llvm.StructType.get_literal([one] * count), [*(acc or ()), *inputs], code, ",".join(constraints),
-        asm_dialect=0, has_side_effects=True,
-    )  # fmt: skip
-    return [llvm.extractvalue(one, outputs, [k]) for k in range(count)]
-
-
-def _assembly(code: str) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
-
-
-def _words(array: mgpu.FragmentedArray) -> list[ir.Value]:
-    return [_word(v) for v in array.registers.flat]
-
-
-def _word(register: ir.Value) -> ir.Value:
-    """Two bfloat16 numbers as an integer."""
-    word = vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), register)
-    return vector.extract(word, [], [0])
-
-
-def _array(layout, shape: tuple[int, ...], registers: np.ndarray) -> mgpu.FragmentedArray:
-    layout = layout.to_mgpu()
-    out = np.empty(layout.registers_shape(shape), dtype=object)
-    out.flat[:] = list(registers.flat)
-    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)

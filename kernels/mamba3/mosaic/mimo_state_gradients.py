@@ -26,7 +26,7 @@ from jax import lax
 from . import mimo_pieces as mimo
 from .forward import Prepared
 from .mimo_forward import _by_parts, _get_pair, _in_blocks, _iotas, _rotate_pairs, _turn
-from .mimo_pieces import POS, ROWS, T, blocks, cols, join, product, settle
+from .mimo_pieces import POS, ROWS, T, blocks, cols, join, product
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -47,6 +47,7 @@ from .pieces import (
     widen,
 )
 from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
+from .wgmma import begin, settle
 
 # Rows of what is written per chunk, float32 [N / 2] each: <G, H> by coordinate, summed over both halves of them; and
 # <G, J H> in two parts, by coordinate of G.
@@ -164,7 +165,7 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
                 plgpu.copy_smem_to_gmem(all_narrow.at[0], grads_ref.at[index, head, ci])
                 plgpu.barrier_wait(following_here)
                 _flows(narrow, all_following.at[zero], flow_ref.at[index, head, ci], simulated)
-            state = mimo.begin(state * jnp.exp2(end), simulated)
+            state = begin(state * jnp.exp2(end), simulated)
             by_column = plgpu.load(scaled.transpose((1, 0)), layout=WG)
             state = settle(product(state, by_column, all_c.at[0], simulated), 0, simulated)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # C: this, too, makes the warps meet

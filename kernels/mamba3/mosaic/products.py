@@ -15,8 +15,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 
 from .pieces import STEP_HIGH, STEP_LOW, WG, S, T, _causal_ones, _int, _places, cols, cos_sin, load_cols, load_tile
+from .wgmma import IN_FLIGHT, array_of, assembly, descriptor, issue, settle, words
 
-_IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _SWIZZLE, _DEEP = 128, 64  # bytes, columns
 
@@ -58,36 +58,15 @@ def product(acc, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False)
         registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
         nvvm.wgmma_fence_aligned()
         for k in range(0, depth, 16):
-            part = _words(a[:, k : k + 16]) if in_registers else _descriptor(left, k)
-            registers = _wgmma(registers, part, _descriptor(right, k), n, transposes)
-        _assembly("wgmma.commit_group.sync.aligned;")
-        return _array(_IN_FLIGHT, (64, n), np.array(registers))
+            part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, _DEEP)
+            registers = issue(registers, part, descriptor(right, k, _DEEP), n, transposes)
+        assembly("wgmma.commit_group.sync.aligned;")
+        return array_of(IN_FLIGHT, (64, n), np.array(registers))
 
     memory = plgpu.RefType(_TRANSFORMS)
-    types = (WG if in_registers else memory, memory) + ((_IN_FLIGHT,) if acc is not None else ())
-    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=_IN_FLIGHT)
+    types = (WG if in_registers else memory, memory) + ((IN_FLIGHT,) if acc is not None else ())
+    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
-
-
-def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
-    """The result of a product once at most `in_flight` later ones have not ended."""
-    if simulated:
-        return v
-
-    @plgpu.inline_mgpu(arg_types=(_IN_FLIGHT,), return_type=plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=WG))
-    def inline(ctx, array):
-        _assembly(f"wgmma.wait_group.sync.aligned {in_flight};")
-        return fragmented_array.optimization_barrier(array).to_layout(WG.to_mgpu())
-
-    return inline(v)
-
-
-def begin(v: jax.Array, simulated: bool) -> jax.Array:
-    """[64, n] float32 as what a product adds to."""
-    if simulated:
-        return v
-    out = plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=_IN_FLIGHT)
-    return plgpu.inline_mgpu(arg_types=(WG,), return_type=out)(lambda ctx, v: v.to_layout(_IN_FLIGHT.to_mgpu()))(v)
 
 
 def turn_by_hand(coefficients, start, rates, row: jax.Array, column: jax.Array, simulated: bool):
@@ -99,70 +78,6 @@ def turn_by_hand(coefficients, start, rates, row: jax.Array, column: jax.Array, 
         acc = product(acc, part, rates, simulated)
     parts = settle(acc, 0, simulated)
     return cos_sin((parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T), simulated)
-
-
-def _descriptor(parts, k: int) -> tuple[ir.Value, int, int]:
-    """Of an operand, from its row or column k on: its low 32 bits as a value and what is to be added, its high bits."""
-    ((base, constant), (_, steps)), (_, group_stride), _ = parts
-    group, within = divmod(k, _DEEP)
-    offset = mma_utils.encode_addr(group * group_stride) + (within // 16) * mma_utils.encode_addr(steps[0])
-    return base, offset + (constant & 0xFFFFFFFF), constant >> 32
-
-
-def _wgmma(acc, a, b: tuple[ir.Value, int, int], n: int, transposes: list[bool]) -> list[ir.Value]:
-    """One instruction, 16 deep; `a`: 4 registers or a descriptor.
-
-    Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
-    registers.
-    """
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    count = n // 2
-    inputs, names, code = [], {}, ""
-    first = 2 * count if acc else count
-    if isinstance(a, list):
-        inputs += a
-        names["a"] = f"{{{', '.join(f'${first + k}' for k in range(4))}}}"
-    for name, operand in (("a", a), ("b", b)):
-        if isinstance(operand, tuple):
-            base, low, high = operand
-            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; mov.b64 {name}, {{low_{name}, {high}}}; "
-            inputs.append(base)
-            names[name] = name
-    flags = "".join(f", {int(v)}" for v in transposes)
-    code = (
-        "{ .reg .pred p; .reg .b32 low_a, low_b; .reg .b64 a, b; "
-        + code
-        + f"setp.ne.b32 p, {int(acc is not None)}, 0; "
-        f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{', '.join(f'${k}' for k in range(count))}}}, "
-        f"{names['a']}, b, p, 1, 1{flags}; }}"
-    )
-    constraints = ["=f"] * count + ([str(k) for k in range(count)] if acc else []) + ["r"] * len(inputs)
-    outputs = llvm.inline_asm(
-        llvm.StructType.get_literal([one] * count), [*(acc or ()), *inputs], code, ",".join(constraints),
-        asm_dialect=0, has_side_effects=True,
-    )  # fmt: skip
-    return [llvm.extractvalue(one, outputs, [k]) for k in range(count)]
-
-
-def _assembly(code: str) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
-
-
-def _words(array: mgpu.FragmentedArray) -> list[ir.Value]:
-    return [_word(v) for v in array.registers.flat]
-
-
-def _word(register: ir.Value) -> ir.Value:
-    """Two bfloat16 numbers as an integer."""
-    word = vector.bitcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), register)
-    return vector.extract(word, [], [0])
-
-
-def _array(layout, shape: tuple[int, ...], registers: np.ndarray) -> mgpu.FragmentedArray:
-    layout = layout.to_mgpu()
-    out = np.empty(layout.registers_shape(shape), dtype=object)
-    out.flat[:] = list(registers.flat)
-    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
 
 def column_sums(v: jax.Array, out, partial, simulated: bool) -> None:
@@ -260,7 +175,7 @@ def unstash_turns(ref, simulated: bool) -> tuple[jax.Array, jax.Array]:
             pairs = [vector.from_elements(two, half[k : k + 2]) for k in range(0, len(half), 2)]
             registers = np.empty(len(pairs), dtype=object)
             registers[:] = pairs
-            arrays.append(_array(WG, out.shape, registers))
+            arrays.append(array_of(WG, out.shape, registers))
         return tuple(arrays)
 
     return inline(ref)
