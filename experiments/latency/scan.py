@@ -150,7 +150,7 @@ def milliseconds(function: Callable, *args, repeats: int = 7, calls: int = 20) -
     """Median, 10th and 90th percentile of a call's time inside a compiled loop.
 
     One call a turn, though a turn with one tiny kernel takes 18 us on an H200: of several in a row the compiler drops
-    all but one, whatever the barriers between them.
+    some, whatever the barriers between them.
     """
 
     def loop(*args):

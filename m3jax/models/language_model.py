@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
 from m3jax.kernels import SCAN_RESIDUALS
+from m3jax.kernels.products import operand_dtype
 from m3jax.models.block import Block, Period
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.norm import RMSNorm
@@ -80,8 +81,7 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., d_model] → [..., V], float32 or better."""
         accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
-        # XLA's CPU backend lacks some bfloat16 products with float32 results.
-        operand = accumulator if jax.default_backend() == "cpu" else hidden.dtype
+        operand = operand_dtype(hidden.dtype)
         return jnp.einsum(
             "...d,vd->...v", hidden.astype(operand), self.head.astype(operand), preferred_element_type=accumulator
         )

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from m3jax.kernels.products import operand_dtype
+
 
 def linear_cross_entropy(
     hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
@@ -39,7 +41,7 @@ def linear_cross_entropy(
 
 @jax.custom_vjp
 def _chunked_nll(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    head = embedding.astype(_operand_dtype(hidden))
+    head = embedding.astype(operand_dtype(hidden.dtype))
 
     def body(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         logits, log_z = _logits(chunk[0], head)
@@ -49,7 +51,7 @@ def _chunked_nll(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, we
 
 
 def _forward(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array):
-    operand = _operand_dtype(hidden)
+    operand = operand_dtype(hidden.dtype)
     head = embedding.astype(operand)
     product = functools.partial(jnp.einsum, preferred_element_type=_sum_dtype(hidden))
 
@@ -94,8 +96,3 @@ def _nll_sum(logits: jax.Array, log_z: jax.Array, target: jax.Array, weight: jax
 
 def _sum_dtype(hidden: jax.Array) -> jnp.dtype:
     return jnp.promote_types(hidden.dtype, jnp.float32)
-
-
-def _operand_dtype(hidden: jax.Array) -> jnp.dtype:
-    # XLA's CPU backend lacks some bfloat16 products with float32 results.
-    return _sum_dtype(hidden) if jax.default_backend() == "cpu" else hidden.dtype

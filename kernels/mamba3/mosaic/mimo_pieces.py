@@ -160,6 +160,17 @@ def _pairs(dtype) -> int:
     return 16 // jnp.dtype(dtype).itemsize // 2
 
 
+def _load_pieces(pointer: ir.Value, first: int, element: ir.Type, pairs: int) -> np.ndarray:
+    """A thread's 16 numbers of a packed row, in pairs; `pointer`: where its first piece would be at 0."""
+    i8, pair = ir.IntegerType.get_signless(8), ir.VectorType.get((2,), element)
+    registers = []
+    for piece in range(8 // pairs):
+        at = mgpu.utils.getelementptr(pointer, [first + 64 * piece], i8)
+        loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
+        registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
+    return np.array(registers)
+
+
 def load_row_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.Array:
     """Of rank k of the pair of a row, [T, 64]: float32, or bfloat16 for B_REST and C_REST. `ref`: of one head."""
     row, dtype = (kind, jnp.float32) if kind < B_REST else (B_REST, jnp.bfloat16)
@@ -180,13 +191,7 @@ def load_row_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.
         pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
         pointer = mgpu.utils.getelementptr(pointer, [at], i8)
         first = 4 * 64 * (WEIGHTS * k + row) + 128 * second
-        registers = []
-        for piece in range(8 // pairs):
-            at = mgpu.utils.getelementptr(pointer, [first + 64 * piece], i8)
-            loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
-            pair = ir.VectorType.get((2,), element)
-            registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
-        return array_of(POS, (T, 64), np.array(registers))
+        return array_of(POS, (T, 64), _load_pieces(pointer, first, element, pairs))
 
     return inline(ref)
 
@@ -278,13 +283,7 @@ def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
         pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
         pointer = mgpu.utils.getelementptr(pointer, [arith.muli(lane, mgpu.utils.c(16, i32))], i8)
         first = 4 * 64 * (WEIGHTS * rank + row) + 128 * second
-        registers = []
-        for piece in range(8 // pairs):
-            at = mgpu.utils.getelementptr(pointer, [first + 64 * piece], i8)
-            loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
-            pair = ir.VectorType.get((2,), element)
-            registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
-        return array_of(POS.reduce(0), (64,), np.array(registers))
+        return array_of(POS.reduce(0), (64,), _load_pieces(pointer, first, element, pairs))
 
     return inline(ref)
 
