@@ -31,7 +31,7 @@ COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 MEASUREMENTS ?= docs/measurements
 test-gpu: export PYTHONPATH := .
 test-gpu:
-	@$(GPU_PYTHON) -m pytest -m gpu tests/kernels/test_gpu.py
+	@$(GPU_PYTHON) -m pytest -m gpu -n 10 -p no:benchmark tests/kernels/test_gpu.py
 	@mkdir -p $(MEASUREMENTS)
 	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json --commit "$(COMMIT)"
 	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json --commit "$(COMMIT)"

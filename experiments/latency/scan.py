@@ -217,6 +217,7 @@ def main() -> None:
             if kind in row and row[kind]["ms"] < row["floor"][kind]:
                 raise AssertionError(f"{row}: {kind} is faster than the device can be; what was timed is not the scan.")
         report["rows"].append(row)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")  # what is measured is kept, whatever comes next
         cells = "".join(f"{row[k]['ms']:12.3f}{row[k]['ms'] / row['floor'][k]:9.1f}" for k in _KINDS if k in row)
         label = f"{row['implementation']} rank {row['rank']} {row['shape']}"
         print(f"{label:34s}{cells}{row.get('temporaries_MB', 0):16.0f}", flush=True)
@@ -240,7 +241,6 @@ def main() -> None:
                 row = {"implementation": "jax-linear-attention", "rank": 1, "shape": shape}
                 times = {"floor": floors(args, limits), "forward": milliseconds(jla_siso, args)}
                 add(row | times)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
     plot(report, options.json.with_suffix(".png"))
 
 

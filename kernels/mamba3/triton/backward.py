@@ -161,15 +161,15 @@ def _store_rows(ptr, at, v, valid, column, WIDTH: tl.constexpr, PADDED: tl.const
 
 @triton.jit
 def value_gradients(
-    x_ptr, y_row_ptr, b_ptr, c_ptr, b_bias_ptr, c_bias_ptr, mimo_x_ptr, d_ptr, doc_ptr,
+    x_ptr, b_ptr, c_ptr, b_bias_ptr, c_bias_ptr, mimo_x_ptr, d_ptr, doc_ptr,
     phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr, chunk_grad_ptr, g_ptr, length,
-    dx_ptr, dscale_ptr, dgamma_ptr, ddecay_ptr, dd_ptr, dmimo_x_ptr,
+    dx_ptr, dscale_ptr, dgamma_ptr, dd_ptr, dmimo_x_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr,
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_D: tl.constexpr,
     HAS_DOC: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head: dx, ds, dγ, sums of the decay's gradient, and the chunk's share of dD and dmimo_x."""
+    """One chunk of one head: dx, ds, dγ, and the chunk's share of dD and dmimo_x."""
     ROWS: tl.constexpr = T * R
     chunk = tl.program_id(0)
     head = tl.program_id(1)
@@ -240,18 +240,12 @@ def value_gradients(
 
     g_wide = g.to(tl.float32)
     x_wide = x.to(tl.float32)
-    by_query = tl.load(y_row_ptr + g_at, mask=x_mask, other=0.0).to(tl.float32) * g_wide
     if HAS_D:
         skip = tl.load(d_ptr + head).to(tl.float32)
-        skipped = x_wide * g_wide
-        tl.store(dd_ptr + share, tl.sum(tl.sum(skipped, 1), 0))
-        by_query -= skip * skipped
-    by_query = tl.sum(by_query, 1) - gamma * on_diagonal
-    by_key = tl.sum(dx * x_wide, 1) - gamma * on_diagonal
+        tl.store(dd_ptr + share, tl.sum(tl.sum(x_wide * g_wide, 1), 0))
     at = row_head * length + position
-    tl.store(ddecay_ptr + at, tl.cumsum(_over_ranks(by_query - by_key, T, R), 0, reverse=True), mask=in_sequence)
-    dscale = _over_ranks(by_key, T, R) / tl.load(scale_ptr + at, mask=in_sequence, other=1.0)
-    tl.store(dscale_ptr + at, dscale, mask=in_sequence)
+    by_scale = _over_ranks(tl.sum(dx * x_wide, 1) - gamma * on_diagonal, T, R)
+    tl.store(dscale_ptr + at, by_scale / tl.load(scale_ptr + at, mask=in_sequence, other=1.0), mask=in_sequence)
     tl.store(dgamma_ptr + at, _over_ranks(on_diagonal, T, R), mask=in_sequence)
 
     if HAS_D:
@@ -267,7 +261,7 @@ def value_gradients(
 def key_gradients(
     x_ptr, g_ptr, dt_ptr, omega_ptr, own_ptr, other_ptr, own_bias_ptr, other_bias_ptr, mimo_x_ptr, doc_ptr,
     phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr, state_ptr, length,
-    down_ptr, dbias_ptr, domega_ptr, dturn_ptr,
+    down_ptr, dbias_ptr, domega_ptr, dturn_ptr, ddecay_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr, HEADS: tl.constexpr, OF_B: tl.constexpr,
     OMEGA_HEADS: tl.constexpr, HAS_OWN_BIAS: tl.constexpr, HAS_OTHER_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr,
@@ -276,7 +270,8 @@ def key_gradients(
     """One chunk of HEADS heads of one group: the gradient of B (OF_B) or of C, summed over these heads.
 
     `own` is B or C, `other` the other one, `state` is G_out for B, H_in for C. Writes, too, the chunk's share of the
-    bias' gradient, and own's share of dω (summed over the heads) and of Δ's in the phase: sums from the chunk's end.
+    bias' gradient, and own's share of dω (summed over the heads), of Δ's in the phase and of the log decay's (that of B
+    counts with the other sign): sums from the chunk's end. The last are of products rounded alike in both: they cancel.
     """
     ROWS: tl.constexpr = T * R
     chunk = tl.program_id(0)
@@ -331,6 +326,7 @@ def key_gradients(
             through_state = (g.to(tl.float32) * from_start[:, None]).to(operand)
 
         bias_at = head * R * N
+        along = tl.zeros((ROWS,), tl.float32)
         if UP > 0:
             other = load_rows(
                 other_ptr + 2 * S, other_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
@@ -339,6 +335,11 @@ def key_gradients(
             down = tl.dot(through_state, state_rest, input_precision=PRECISION)
             down = tl.dot(dscores, other, down, input_precision=PRECISION)
             sum_rest += down
+            own = load_rows(
+                own_ptr + 2 * S, own_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
+                HAS_OWN_BIAS, R, N,
+            ).to(operand)  # fmt: skip
+            along += tl.sum(own.to(tl.float32) * down, 1)
             if HAS_OWN_BIAS:
                 _store_over_positions(dbias_ptr + share + 2 * S, down, rest_column, N - 2 * S, N, T, R)
         if S > 0:
@@ -360,6 +361,8 @@ def key_gradients(
             own_imag = load_rows(
                 own_ptr + S, own_bias_ptr + bias_at + S, row_at, rank, valid, s_column, S, SP, HAS_OWN_BIAS, R, N
             )
+            along += tl.sum((own_real * cos - own_imag * sin).to(operand).to(tl.float32) * turned_real, 1)
+            along += tl.sum((own_real * sin + own_imag * cos).to(operand).to(tl.float32) * turned_imag, 1)
             dphase = tl.cumsum(_over_ranks(imag * own_real - real * own_imag, T, R), 0, reverse=True)
             if OMEGA_HEADS:
                 omega = load_omega(omega_ptr, batch, head, position, length, s_column, H, S, SP, True)
@@ -370,6 +373,8 @@ def key_gradients(
                 _store_rows(domega_ptr, omega_at, domega, in_sequence, s_column, S, SP)
             else:
                 sum_omega += domega
+        ddecay = tl.cumsum(_over_ranks(along, T, R), 0, reverse=True)
+        tl.store(ddecay_ptr + row_head * length + position, ddecay, mask=in_sequence)
 
     in_blocks = (block * tl.num_programs(2) + batch) * length
     sum_at = ((in_blocks + t) * R + rank).to(tl.int64) * N

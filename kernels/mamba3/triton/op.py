@@ -85,7 +85,7 @@ def _scan_backward(plan: Plan, residuals, cotangents) -> tuple[Inputs]:
     g, dz, dmimo_z, dmimo_o = _gate_gradients(plan, inputs, y_rows, dy)
     chunk_grad, first_grad = _state_gradients(plan, inputs, prepared, g, dssm)
     found = _flows(plan, inputs, ssm, dssm, chunk_ssm, chunk_grad)
-    found |= _value_gradients(plan, inputs, prepared, y_rows, chunk_grad, g)
+    found |= _value_gradients(plan, inputs, prepared, chunk_grad, g)
     found |= _key_gradients(plan, inputs, prepared, chunk_ssm, chunk_grad, g)
     weights = {name: found.pop(name) for name in ("b_bias", "c_bias", "mimo_x", "d")}
     weights = inputs.weights._replace(**weights, mimo_z=dmimo_z, mimo_o=dmimo_o)
@@ -269,7 +269,7 @@ def _flows(plan: Plan, inputs: Inputs, ssm, dssm, chunk_ssm, chunk_grad) -> dict
     return flow
 
 
-def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, y_rows, chunk_grad, g) -> dict[str, jax.Array]:
+def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_grad, g) -> dict[str, jax.Array]:
     """Gradient of x, and parts of those of the coefficients, D and mimo_x."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, p = seq.x.shape
@@ -280,11 +280,10 @@ def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, y_rows, chu
         "x": seq.x,
         "scale": per_position,
         "gamma": per_position,
-        "decay": per_position,
         "d": None if weights.d is None else _shape(batch, chunks, heads),
         "mimo_x": None if weights.mimo_x is None else _shape(batch, chunks, heads, rank, p),
     }
-    given = [seq.x, y_rows, seq.b, seq.c, weights.b_bias, weights.c_bias, weights.mimo_x, weights.d, inputs.document]
+    given = [seq.x, seq.b, seq.c, weights.b_bias, weights.c_bias, weights.mimo_x, weights.d, inputs.document]
     given += [*prepared[1:], chunk_grad, g]
     arrays = _run(value_gradients, given, {"length": length}, list(out.values()), (chunks, heads, batch),
                   plan.value_warps, _constants(plan, inputs))  # fmt: skip
@@ -293,14 +292,14 @@ def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, y_rows, chu
 
 
 def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, chunk_grad, g) -> dict[str, jax.Array]:
-    """Gradients of B, C and their biases, and the phase's parts of those of Δ and ω."""
+    """Gradients of B, C, their biases and the log decay inside a chunk, and the phase's parts of those of Δ and ω."""
     seq, weights = inputs.seq, inputs.weights
     batch, length, heads, _ = seq.x.shape
     rank, _, n = seq.b.shape[2:]
     s = seq.omega.shape[-1]
     chunks, blocks = math.ceil(length / plan.positions), heads // plan.key_heads
     domega_shape = seq.omega.shape if seq.omega.ndim == 4 else (blocks, *seq.omega.shape)
-    parts = {"omega": None, "turn": None}
+    parts, decays = {"omega": None, "turn": None}, {}
     for name, own, other, own_bias, other_bias, states in (
         ("b", seq.b, seq.c, weights.b_bias, weights.c_bias, chunk_grad),
         ("c", seq.c, seq.b, weights.c_bias, weights.b_bias, chunk_ssm),
@@ -308,11 +307,12 @@ def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, ch
         given = [seq.x, g, prepared.dt, seq.omega, own, other, own_bias, other_bias, weights.mimo_x, inputs.document]
         given += [*prepared[1:], states]
         has_biases = {"HAS_OWN_BIAS": own_bias is not None, "HAS_OTHER_BIAS": other_bias is not None}
-        down, dbias, domega, dturn = _run(
+        down, dbias, domega, dturn, decays[name] = _run(
             key_gradients, given, {"length": length},
             [_shape(blocks, batch, length, rank, n),
              None if own_bias is None else _shape(batch, chunks, heads, rank, n),
-             _shape(*domega_shape) if s else None, _shape(batch, heads, length) if s else None],
+             _shape(*domega_shape) if s else None, _shape(batch, heads, length) if s else None,
+             _shape(batch, heads, length)],
             (chunks, blocks, batch), plan.key_warps,
             _constants(plan, inputs) | has_biases | {"OF_B": name == "b"},
         )  # fmt: skip
@@ -321,4 +321,4 @@ def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, ch
         if s:
             parts["omega"] = domega if parts["omega"] is None else parts["omega"] + domega
             parts["turn"] = dturn if parts["turn"] is None else parts["turn"] + dturn
-    return parts
+    return parts | {"decay": decays["c"] - decays["b"]}
