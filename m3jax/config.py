@@ -39,6 +39,9 @@ class ModelConfig:
     ngroups: int = 1  # g, heads that share B and C
     mimo_rank: int = 1  # r; 1 = SISO
     rope_fraction: float = 0.5  # share of the state's coordinates that rotate: 0, 0.5 or 1
+    rotation: str = "data"  # what turns them: data, rates from the input; standard, RoPE's fixed ones, base 10,000
+    fixed_lambda: float | None = None  # λ of every token: 1 = exponential Euler, 0.5 = trapezoid; None = from the input
+    bc_bias: bool = True  # biases on B and C
     a_activation: str = "heavy_tail"  # or "softplus", what the first released version used
     a_floor: float = 1e-4
     outproj_norm: bool = False  # RMSNorm per head before the gate (hybrids)
@@ -278,6 +281,9 @@ def _check_model(m: ModelConfig) -> None:
     _require(m.rope_theta >= 0, "model.rope_theta", m.rope_theta, "a positive base, or 0 for no positions")
     _require(m.rope_theta == 0 or m.attention_headdim % 2 == 0, "model.attention_headdim", m.attention_headdim,
              "an even width, whose halves rope_theta turns")  # fmt: skip
+    _one_of("model.rotation", m.rotation, ("data", "standard"))
+    _require(m.fixed_lambda is None or 0 < m.fixed_lambda <= 1, "model.fixed_lambda", m.fixed_lambda,
+             "None or a number in (0, 1]")  # fmt: skip
     _one_of("model.a_activation", m.a_activation, ("heavy_tail", "softplus"))
     _require(m.a_floor >= 0, "model.a_floor", m.a_floor, "at least 0")
     _require(0 < m.dt_min <= m.dt_max, "model.dt_min", m.dt_min, f"a number in (0, dt_max = {m.dt_max}]")

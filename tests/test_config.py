@@ -62,6 +62,9 @@ def test_derived_sizes():
         ({"model__headdim": 100}, "config.model.headdim = 100: expected a divisor of expand \\* d_model = 1536"),
         ({"model__ngroups": 5}, "config.model.ngroups = 5: expected a divisor of the 24 heads"),
         ({"model__rope_fraction": 0.3}, "config.model.rope_fraction = 0.3: expected 0, 0.5 or 1"),
+        ({"model__rotation": "rope"}, "config.model.rotation = 'rope': expected one of data, standard"),
+        ({"model__fixed_lambda": 0}, r"config.model.fixed_lambda = 0.0: expected None or a number in \(0, 1\]"),
+        ({"model__fixed_lambda": 1.5}, r"config.model.fixed_lambda = 1.5: expected None or a number in \(0, 1\]"),
         ({"model__d_state": 130, "model__rope_fraction": 0.5}, "config.model.d_state = 130"),
         (
             {"model__remat": "ful"},

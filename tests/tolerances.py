@@ -46,6 +46,11 @@ def phase_walk(steps: int) -> float:
     return SAFETY / 4 * 2.0**-22 * math.sqrt(steps)
 
 
+def phase_of_equal_steps(radians: float) -> float:
+    """Radians: steps of a phase that reached `radians`, all rounded alike by a quotient, a product and in turns."""
+    return 3 * 2.0**-24 * radians
+
+
 def assert_close(actual, expected, tolerance: float, name: str, scale: float = 0.0) -> None:
     """Compares relative to the largest expected entry, or to `scale` if that is larger.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
 from m3jax.models.linear import Linear, closing_gain
+from m3jax.models.rotary import standard_rates
 
 _CUDNN_DTYPES = ("bfloat16", "float16")
 
@@ -61,7 +62,7 @@ def rotate(v: jax.Array, position: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864), pairs (i, d/2 + i): v [b, l, h, d], position [b, l]."""
     half = v.shape[-1] // 2
     accumulator = jnp.promote_types(v.dtype, jnp.float32)
-    rate = theta ** (-jnp.arange(half, dtype=accumulator) / half)
+    rate = standard_rates(half, theta).astype(accumulator)
     angle = position[:, :, None, None].astype(accumulator) * rate[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     real, imag = jnp.split(v.astype(accumulator), 2, axis=-1)

@@ -2,9 +2,10 @@
 
 One projection of the input gives, per token, z and x [h·p], B and C [r·g·n], and the raw step size, decay, trapezoid
 weight [h each] and angular rates [s]. Conventions follow the released checkpoints (docs/mamba3.md), except that B and C
-rotate in pairs (i, s + i), which import and export account for.
+rotate in pairs (i, s + i), which import and export account for. Ablations leave out the columns they have no use for.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import EPSILON, RMSNorm
 from m3jax.models.own_rows import on_own_rows
+from m3jax.models.rotary import standard_rates
 from m3jax.models.step_size import dt_bias_init
 
 
@@ -26,6 +28,20 @@ def heavy_tail(x: jax.Array) -> jax.Array:
 
 
 _A_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"heavy_tail": heavy_tail, "softplus": jax.nn.softplus}
+
+
+_ROPE_BASE = 10_000.0
+_LEAST_DT = 1e-15  # of which the inverse square is still a float32
+
+
+def projection_widths(config: ModelConfig) -> dict[str, int]:
+    """Columns of the projection into the mixer, by what they become, in their order."""
+    m = config
+    bc = m.mimo_rank * m.ngroups * m.d_state
+    widths = {"z": m.d_inner, "x": m.d_inner, "b": bc, "c": bc, "dt": m.n_heads, "a": m.n_heads}
+    widths["lam"] = m.n_heads if m.fixed_lambda is None else 0
+    widths["omega"] = m.n_angles if m.rotation == "data" else 0
+    return widths
 
 
 class Mamba3Mixer(nn.Module):
@@ -70,30 +86,34 @@ class Mamba3Mixer(nn.Module):
 
     def _coefficients(self, u: jax.Array) -> dict[str, jax.Array]:
         m = self.config
-        heads, bc = m.n_heads, m.mimo_rank * m.ngroups * m.d_state
-        widths = [bc, bc, heads, heads, heads, m.n_angles]
-        z, x, rest = Linear(m, (m.d_inner, m.d_inner, sum(widths)), name="in_proj")(u)
-        b, c, dt, a, lam, theta = jnp.split(rest, [sum(widths[:i]) for i in range(1, len(widths))], axis=-1)
+        z_width, x_width, *widths = projection_widths(m).values()
+        z, x, rest = Linear(m, (z_width, x_width, sum(widths)), name="in_proj")(u)
+        b, c, *raw = jnp.split(rest, list(itertools.accumulate(widths))[:-1], axis=-1)
 
-        lead = u.shape[:-1]
+        heads, lead = m.n_heads, u.shape[:-1]
         accumulator = jnp.promote_types(m.dtype, jnp.float32)
-        dt, a, lam, theta = (v.astype(accumulator) for v in (dt, a, lam, theta))
+        dt, a, lam, omega = (v.astype(accumulator) for v in raw)
         dt_bias = self.param("dt_bias", dt_bias_init(m), (heads,), m.param_dtype).astype(accumulator)
+        dt = jax.nn.softplus(dt + dt_bias.reshape((1,) * len(lead) + (-1,)))
+        if m.rotation == "standard":
+            dt, omega = _standard_rotation(dt, m.n_angles)
+        else:
+            omega = math.pi * jnp.tanh(omega)
         norm = {"dtype": m.dtype, "param_dtype": m.param_dtype}
         return {
             "x": x.reshape(*lead, heads, m.headdim),
             "z": z.reshape(*lead, heads, m.headdim),
             "b": RMSNorm(**norm, name="b_norm")(b.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
             "c": RMSNorm(**norm, name="c_norm")(c.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
-            "dt": jax.nn.softplus(dt + dt_bias.reshape((1,) * len(lead) + (-1,))),
+            "dt": dt,
             "a": jnp.minimum(-_A_ACTIVATIONS[m.a_activation](a), -m.a_floor),
-            "lam": jax.nn.sigmoid(lam),
-            "omega": math.pi * jnp.tanh(theta),
+            "lam": jax.nn.sigmoid(lam) if m.fixed_lambda is None else jnp.full_like(dt, m.fixed_lambda),
+            "omega": omega,
         }
 
     def _weights(self) -> dict[str, jax.Array]:
         m = self.config
-        per_head = {"b_bias": (m.d_state, 1.0), "c_bias": (m.d_state, 1.0)}
+        per_head = {"b_bias": (m.d_state, 1.0), "c_bias": (m.d_state, 1.0)} if m.bc_bias else {}
         if m.mimo_rank > 1:
             per_head |= {"mimo_x": (m.headdim, 1 / m.mimo_rank), "mimo_z": (m.headdim, 1.0)}
             per_head |= {"mimo_o": (m.headdim, 1 / m.mimo_rank)}
@@ -106,6 +126,16 @@ class Mamba3Mixer(nn.Module):
             shape = (m.n_heads, m.headdim)
             weights["norm_weight"] = self.param("norm_scale", nn.initializers.ones, shape, m.param_dtype)
         return weights
+
+
+def _standard_rotation(dt: jax.Array, angles: int) -> tuple[jax.Array, jax.Array]:
+    """Δ [..., h] and ω [..., h, s] of which every product, the step of a phase, is the fixed rate of its angle.
+
+    The derivatives that Δ gets from that product and from ω cancel, so that a phase says nothing to Δ.
+    """
+    dt = jnp.maximum(dt, _LEAST_DT)
+    rates = standard_rates(angles, _ROPE_BASE).astype(dt.dtype).reshape((1,) * dt.ndim + (-1,))
+    return dt, rates / dt[..., None]
 
 
 def initial_state(config: ModelConfig, batch: int, capacity: int) -> Mamba3State:

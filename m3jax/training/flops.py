@@ -9,6 +9,7 @@ delta rule likewise, with its triangular system. Attention is counted without th
 import jax
 
 from m3jax.config import ModelConfig
+from m3jax.models.mamba3 import projection_widths
 
 CHUNK_ROWS = 64
 
@@ -48,8 +49,7 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 def _mamba3(m: ModelConfig, length: int) -> tuple[int, int]:
     """Width of all projections together, and operations of the scan per token; as of the others below."""
-    width = 3 * m.d_inner + 2 * m.mimo_rank * m.ngroups * m.d_state + 3 * m.n_heads + m.n_angles
-    return width, m.n_heads * m.mimo_rank * _scan(m)
+    return sum(projection_widths(m).values()) + m.d_inner, m.n_heads * m.mimo_rank * _scan(m)
 
 
 def _mamba2(m: ModelConfig, length: int) -> tuple[int, int]:
