@@ -3,10 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+from ..gpu import no_triton_here, partitioned
 from . import reference, xla
 from .inputs import Sequence, check_inputs
+from .walk import walk_in_jax
 
-_IMPLEMENTATIONS = ("reference", "xla")
+try:
+    from . import triton_walk
+except ImportError:  # jax-triton comes with the extra "cuda"
+    triton_walk = None
+
+_IMPLEMENTATIONS = ("reference", "triton", "xla")
 
 
 def gated_delta_scan(
@@ -38,15 +45,18 @@ def gated_delta_scan(
       initial_state: S before the first token, [b, h, p, n]; None = zeros.
       segment_ids: integers, [b, l]; where they change, a new document starts from S = 0. The first token continues
         `initial_state`.
-      chunk_size: positions per chunk of "xla"; None = 64.
-      implementation: "reference" (token by token) or "xla" (chunked matrix products); None = "xla".
+      chunk_size: positions per chunk of the chunked implementations; None = 64.
+      implementation: "reference" (token by token), "xla" (chunked matrix products, any device), "triton" (the same
+        with a kernel for NVIDIA GPUs that takes the state through the chunks), or None for the fastest that can run
+        here.
       return_state: also return S after the last token.
 
     Returns:
       o [b, l, h, p] in v's dtype, or (o, S in float32 or better).
 
     Raises:
-      ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation.
+      ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation or
+        one that cannot run here (with the reason).
       TypeError: an argument that is not floating point.
     """
     seq = Sequence(q, k, v, log_decay, beta)
@@ -58,8 +68,13 @@ def gated_delta_scan(
     state = _state(seq, initial_state)
     if implementation == "reference":
         o, state = reference.scan(seq, state, segment_ids)
-    else:
-        o, state = xla.scan(chunk_size or xla.CHUNK, seq, state, segment_ids)
+        return (o, state) if return_state else o
+    chunk = min(chunk_size or xla.CHUNK, seq.v.shape[1])
+    why_not = no_triton_here() or triton_walk.unsupported(seq, chunk)
+    if implementation == "triton" and why_not is not None:
+        raise ValueError(f'implementation = "triton" cannot run here: {why_not}.')
+    in_triton = implementation == "triton" or (implementation is None and why_not is None and not partitioned())
+    o, state = xla.scan(chunk, triton_walk.walk_in_triton if in_triton else walk_in_jax, seq, state, segment_ids)
     return (o, state) if return_state else o
 
 

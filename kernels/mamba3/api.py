@@ -5,6 +5,7 @@ import logging
 
 import jax
 
+from ..gpu import no_triton_here, partitioned
 from . import reference, xla
 from .inputs import Sequence, Weights, check_inputs
 from .state import Mamba3State
@@ -12,10 +13,8 @@ from .state import Mamba3State
 try:
     from .triton import scan as triton_scan
     from .triton import step as triton_step
-    from .triton.launch import compute_capability
-except ImportError as error:  # jax-triton comes with the extra "cuda"
+except ImportError:  # jax-triton comes with the extra "cuda"
     triton_scan, triton_step = None, None
-    _NO_TRITON = " ".join(str(error).split()).partition(". ")[0]  # its first sentence
 
 try:
     from .mosaic import scan as mosaic_scan
@@ -23,7 +22,6 @@ except ImportError as error:
     mosaic_scan, _NO_MOSAIC = None, str(error)
 
 _log = logging.getLogger(__name__)
-_LEAST_CAPABILITY = 80  # the first with bfloat16 matrix products and asynchronous copies
 _IMPLEMENTATIONS = ("mosaic", "reference", "triton", "xla")
 
 
@@ -104,7 +102,7 @@ def mamba3_scan(
         "triton": _why_not_triton(seq, chunk_size),
     }
     if implementation is None:
-        able = () if _partitioned() else (name for name, reason in why_not.items() if reason is None)
+        able = () if partitioned() else (name for name, reason in why_not.items() if reason is None)
         implementation = next(iter(able), "xla")
         _log_choice("scan", implementation, jax.default_backend())
     _require(implementation, why_not.get(implementation))
@@ -163,7 +161,7 @@ def mamba3_step(
     check_inputs(token, weights, state, None, has_length=False)
     why_not_triton = _why_not_triton_step(token, state)
     if implementation is None:
-        implementation = "reference" if why_not_triton or _partitioned() else "triton"
+        implementation = "reference" if why_not_triton or partitioned() else "triton"
         _log_choice("step", implementation, jax.default_backend())
     match implementation:
         case "reference" | "xla":
@@ -182,27 +180,11 @@ def _why_not_mosaic(seq: Sequence, weights: Weights, chunk_size: int | None) -> 
 
 
 def _why_not_triton(seq: Sequence, chunk_size: int | None) -> str | None:
-    return _no_triton_here() or triton_scan.unsupported(seq, chunk_size)
+    return no_triton_here() or triton_scan.unsupported(seq, chunk_size)
 
 
 def _why_not_triton_step(token: Sequence, state: Mamba3State) -> str | None:
-    return _no_triton_here() or triton_step.unsupported(token, state)
-
-
-def _no_triton_here() -> str | None:
-    """Why no Triton kernel can run on this machine; None if they can."""
-    if triton_scan is None:
-        return f'{_NO_TRITON} (install the extra "cuda")'
-    if jax.default_backend() != "gpu":
-        return f"the default device is a {jax.default_backend()}"
-    if compute_capability() < _LEAST_CAPABILITY:
-        return f"{jax.local_devices()[0].device_kind} is not an NVIDIA GPU of compute capability 8.0 or more"
-    return None
-
-
-def _partitioned() -> bool:
-    """Several devices, outside shard_map: XLA cannot split a kernel over them, and would give each the whole batch."""
-    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+    return no_triton_here() or triton_step.unsupported(token, state)
 
 
 def _require(implementation: str, why_not: str | None) -> None:

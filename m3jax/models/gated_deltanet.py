@@ -12,6 +12,7 @@ from m3jax.kernels import gated_delta_scan, gated_delta_step
 from m3jax.models import short_conv
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import RMSNorm
+from m3jax.models.own_rows import on_own_rows
 from m3jax.models.step_size import dt_bias_init, log_decay_rate_init
 
 _LEAST_SQUARE = 1e-6  # added to a key's squared length before it is divided by its root
@@ -57,10 +58,11 @@ class GatedDeltaNet(nn.Module):
         if u.ndim == 2:
             o, memory = gated_delta_step(**seq, state=memory)
         else:
-            result = gated_delta_scan(
-                **seq, segment_ids=segment_ids, initial_state=memory, chunk_size=m.chunk_size,
-                return_state=state is not None,
-            )  # fmt: skip
+
+            def scan(rows: dict, _: None) -> jax.Array | tuple[jax.Array, jax.Array]:
+                return gated_delta_scan(**rows, chunk_size=m.chunk_size, return_state=state is not None)
+
+            result = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": memory}, None)
             o, memory = (result, None) if state is None else (result[0], result[1].astype(m.state_dtype))
         o = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype), name="norm")(o) * jax.nn.silu(gate)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(o.reshape(*lead, heads * p))

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from triton.runtime import interpreter
 
+from m3jax.kernels.gated_delta import api as gated_delta_api
+from m3jax.kernels.gated_delta import triton_walk
 from m3jax.kernels.mamba3 import api
 from m3jax.kernels.mamba3.triton import op, step
 
@@ -89,7 +91,8 @@ def launch(kernel, args, scalars, out, grid, warps, constants, aliases=None):
 
 
 def use(monkeypatch) -> None:
-    """Makes `mamba3_scan` and `mamba3_step` take implementation="triton" on this machine, and run it here."""
-    for module in (op, step):
+    """Makes scans and steps take implementation="triton" on this machine, and run it here."""
+    for module in (op, step, triton_walk):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(api, "_no_triton_here", lambda: None)
+    for module in (api, gated_delta_api):
+        monkeypatch.setattr(module, "no_triton_here", lambda: None)

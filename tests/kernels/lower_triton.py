@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from jax_triton import triton_lib
 
-from m3jax.kernels import mamba3_scan, mamba3_step
-from m3jax.kernels.mamba3 import api
+from m3jax.kernels import gated_delta_scan, gpu, mamba3_scan, mamba3_step
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton.launch import launch
 from tests.kernels.cases import Case, make, make_state, segments
@@ -66,6 +65,19 @@ def lower_step(case: Case, dtype: str) -> None:
     lower(jax.vmap(step, in_axes=(None, 0)), tokens, several)
 
 
+def lower_gated_delta(dtype: str) -> None:
+    """Forward and backward at the widths of the configs."""
+    lead, n, p = (1, 130, 2), 128, 256
+    q, k, v = (jnp.zeros((*lead, width), dtype) for width in (n, n, p))
+    log_decay, beta = jnp.zeros((2, *lead))
+
+    def both(*args):
+        o, pullback = jax.vjp(lambda *args: gated_delta_scan(*args, implementation="triton"), *args)
+        return pullback(o)
+
+    lower(both, q, k, v, log_decay, beta)
+
+
 @triton.jit
 def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
@@ -94,9 +106,9 @@ def main() -> None:
 
     triton_lib.compile_ttir_inplace = recorded
     triton_lib.triton_kernel_call_lib.get_compute_capability = lambda device: capability
-    for module in (api, plans):
+    for module in (gpu, plans):
         module.compute_capability = lambda: capability
-    api.jax.default_backend = lambda: "gpu"
+    gpu.jax.default_backend = lambda: "gpu"
     lower_scan(SISO, "bfloat16", documents=False)
     if capability < 100:
         lower_scan(SMALL_SISO if capability == 90 else SMALL_MIMO, "float32", documents=True)
@@ -106,6 +118,7 @@ def main() -> None:
     for case in (SISO, MIMO):
         for dtype in ("float32", "bfloat16"):
             lower_step(case, dtype)
+    lower_gated_delta("float32" if capability == 80 else "bfloat16")  # the most memory where there is the least
     lower_aliases()
     print(json.dumps(taken))
 

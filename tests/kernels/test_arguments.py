@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, gpu, mamba3_scan, mamba3_step
 from m3jax.kernels.mamba3 import api
 from m3jax.kernels.mamba3.inputs import Sequence
 from tests.kernels.cases import Case, make, make_state
@@ -68,7 +68,7 @@ def _assert_both_refuse(message: str) -> None:
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     pytest.importorskip("jax_triton", exc_type=ImportError)
-    monkeypatch.setattr(api, "_no_triton_here", lambda: None)
+    monkeypatch.setattr(api, "no_triton_here", lambda: None)
 
 
 @pytest.mark.parametrize(("change", "chunk_size", "message"), [
@@ -123,7 +123,7 @@ def test_triton_refuses_a_cpu():
 def test_triton_refuses_a_small_gpu(monkeypatch):
     pytest.importorskip("jax_triton", exc_type=ImportError)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(api, "compute_capability", lambda: 75)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: 75)
     _assert_both_refuse(r"cpu is not an NVIDIA GPU of compute capability 8\.0 or more")
 
 

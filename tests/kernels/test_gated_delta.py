@@ -106,7 +106,7 @@ def test_steps_equal_the_scan():
     ({"initial_state": np.zeros((B, H, N, P))}, r"expected \[b, h, p, n\]"),
     ({"segment_ids": np.zeros((B, L + 1), int)}, "segment_ids has shape"),
     ({"chunk_size": 0}, "chunk_size = 0; expected at least 1"),
-    ({"implementation": "triton"}, "expected None or one of reference, xla"),
+    ({"implementation": "mosaic"}, "expected None or one of reference, triton, xla"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):

@@ -222,7 +222,7 @@ def test_vmap(weights_too):
 
 @pytest.mark.parametrize("implementation", [None, "triton"])
 def test_public_step_runs_the_kernel(implementation, caplog, monkeypatch):
-    monkeypatch.setattr(api, "_partitioned", lambda: False)  # whatever the number of simulated devices
+    monkeypatch.setattr(api, "partitioned", lambda: False)  # whatever the number of simulated devices
     tokens, weights, state = _inputs(dataclasses.replace(MIMO, b=1, h=2, l=1), ssm_dtype="bfloat16")
     token = _at(tokens, 0)
     narrow = token._replace(dt=token.dt.astype(jnp.bfloat16))  # the kernel's are float32

@@ -8,12 +8,6 @@ import jax_triton
 _MAX_GRID_AXIS = 65535  # CUDA's, of the second and third axis
 
 
-def compute_capability() -> int:
-    """Of the default device: 90 for 9.0; 0 for what is not an NVIDIA GPU."""
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0.0"))
-    return int(capability.replace(".", "")) if capability.replace(".", "", 1).isdigit() else 0
-
-
 def batch_too_large(batch: int) -> str | None:
     """Why a grid with the batch on its second or third axis is not possible; None if it is."""
     if batch > _MAX_GRID_AXIS:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax
 
+from ...gpu import compute_capability
 from ..inputs import Sequence
-from .launch import compute_capability
 from .op import Plan
 
 TABLE = Path(__file__).with_name("plans.json")
