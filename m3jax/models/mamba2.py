@@ -54,6 +54,7 @@ class Mamba2Mixer(nn.Module):
             "a": jnp.broadcast_to(-jnp.exp(a_log.astype(accumulator)).reshape(*ones, heads), dt.shape),
             "b": b.reshape(*lead, 1, m.ngroups, m.d_state),
             "c": c.reshape(*lead, 1, m.ngroups, m.d_state),
+            "z": z.reshape(*lead, heads, m.headdim),
             "lam": jnp.ones_like(dt),
             "omega": jnp.zeros((*lead, 0), accumulator),
         }
@@ -62,8 +63,7 @@ class Mamba2Mixer(nn.Module):
             y, scan_state = mamba3_step(**seq, d=d, state=scan_state, implementation=m.scan_implementation)
         else:
             y, scan_state = self._scan(seq, d, segment_ids, scan_state)
-        y = y.reshape(*lead, m.d_inner) * jax.nn.silu(z)
-        y = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype), name="norm")(y)
+        y = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype), name="norm")(y.reshape(*lead, m.d_inner))
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)
         return out, None if state is None else Mamba2State(conv_state, scan_state)
 

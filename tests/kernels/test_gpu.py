@@ -43,6 +43,7 @@ MOSAIC_CASES = {
     "siso, many heads": (dataclasses.replace(MANY_HEADS, mimo=False), False),
     "mimo": (dataclasses.replace(WIDE, l=1000, r=4), True),
     "rank 2, many heads": (dataclasses.replace(MANY_HEADS, r=2), True),
+    "no rotation": (dataclasses.replace(WIDE, s=0, mimo=False), True),
 }
 PACKED = ("siso", "mimo")
 IN_BOTH_TYPES = ("siso", "mimo", "norm", "largest", "one token", "strong decay", "mixed decay")

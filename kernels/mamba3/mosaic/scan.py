@@ -61,8 +61,8 @@ def _unsupported_inputs(seq: Sequence, weights: Weights, chunk_size: int | None)
         return f"rank {rank}; the Mosaic GPU kernels take 1, 2 and 4"
     if rank == 1 and any(w is not None for w in (weights.mimo_x, weights.mimo_z, weights.mimo_o)):
         return "MIMO weights are given; the Mosaic GPU kernels take none at rank 1"
-    if (p, n, s) != (P, N, S):
-        return f"p = {p}, n = {n}, s = {s}; the Mosaic GPU kernels take p = {P}, n = {N}, s = {S}"
+    if (p, n) != (P, N) or s not in (0, S):
+        return f"p = {p}, n = {n}, s = {s}; the Mosaic GPU kernels take p = {P}, n = {N}, s = {S} or 0"
     if seq.omega.ndim == 4:
         return "omega differs between heads; the Mosaic GPU kernels take one for all"
     if weights.norm_weight is not None:
@@ -87,14 +87,17 @@ def scan(
     """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to.
 
     None instead of a state that is zero spares reading it. Without `return_state` the state that is returned is None,
-    and the backward need not look at its gradient.
+    and the backward need not look at its gradient. Without angles (Mamba-2) the kernels turn by 0.
     """
     del chunk_size, norm_eps
     acc = jnp.float32
-    rank = seq.b.shape[2]
+    rank, s = seq.b.shape[2], seq.omega.shape[-1]
+    seq = seq._replace(omega=_with_angles(seq.omega))
     seq = seq._replace(**{name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")})
     ssm = None if state is None else entering_ssm(seq, weights, state, acc)
-    if state is None:
+    if state is not None:
+        state = state._replace(angle=_with_angles(state.angle))
+    else:
         state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), N, rank, S, seq.x.dtype)
     document = None if segment_ids is None else segment_ids.astype(jnp.int32)
     y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
@@ -102,7 +105,12 @@ def scan(
         return y, None
     if segment_ids is not None:
         ssm, angle = start_at_last_document(ssm, angle, seq, state, number_documents(segment_ids))
-    return y, leaving_state(angle, ssm, seq, weights, acc)
+    after = leaving_state(angle, ssm, seq, weights, acc)
+    return y, after._replace(angle=after.angle[..., :s])
+
+
+def _with_angles(v: jax.Array) -> jax.Array:
+    return v if v.shape[-1] else jnp.zeros((*v.shape[:-1], S), v.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
