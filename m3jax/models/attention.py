@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
+from m3jax.models import document_attention
 from m3jax.models.linear import Linear, closing_gain
+from m3jax.models.own_rows import on_own_rows
 from m3jax.models.rotary import standard_rates
 
-_CUDNN_DTYPES = ("bfloat16", "float16")
+_CUDNN_DTYPES, _CUDNN_WIDTH = ("bfloat16", "float16"), 128
 
 
 class AttentionState(NamedTuple):
@@ -44,7 +46,7 @@ class Attention(nn.Module):
             position = length[:, None] + jnp.arange(u.shape[1])[None]
             q, k = (rotate(t, position, m.rope_theta) for t in (q, k))
         if state is None:
-            y = attend(q, k, v, segment_ids)
+            y = on_own_rows(lambda rows, _: attend(**rows), {"q": q, "k": k, "v": v, "segment_ids": segment_ids}, {})
         else:
             y, state = _attend_from(state, q, k, v, segment_ids)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y.reshape(*u.shape[:2], -1))
@@ -81,15 +83,24 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     Returns:
       [b, l, h, d].
     """
+    if segment_ids is not None and _fused(q, masked=True) and document_attention.can_run():
+        return document_attention.attend_documents(q, k, v, segment_ids)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return _dot_product_attention(q, k, v, mask, is_causal=True)
 
 
+def _fused(q: jax.Array, masked: bool) -> bool:
+    """Whether cuDNN takes such queries here; with a mask, odd lengths are not differentiable there."""
+    length, width = q.shape[1], q.shape[-1]
+    on_gpu = jax.default_backend() == "gpu"
+    takes = str(q.dtype) in _CUDNN_DTYPES and width % 8 == 0 and width <= _CUDNN_WIDTH
+    return on_gpu and takes and not (masked and length % 2)
+
+
 def _dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, **options) -> jax.Array:
-    fused = jax.default_backend() == "gpu" and str(q.dtype) in _CUDNN_DTYPES and q.shape[-1] % 8 == 0
-    if not fused and jax.default_backend() == "cpu":  # which lacks some products of narrow operands
+    if jax.default_backend() == "cpu":  # which lacks some products of narrow operands
         q, k, v = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in (q, k, v))
-    implementation = "cudnn" if fused and q.shape[-1] <= 128 else "xla"
+    implementation = "cudnn" if _fused(q, mask is not None) else "xla"
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation, **options)
 
 

@@ -1,14 +1,18 @@
 """What every mixer and mixtures of them promise: documents, causality, and one answer however the tokens come."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from m3jax.config import ModelConfig
 from m3jax.models.language_model import LanguageModel
+from m3jax.models.mixers import MIXERS
 from tests import tolerances
 
 TINY = ModelConfig(
@@ -82,6 +86,26 @@ def test_gradients_reach_every_parameter(model):
 
     gradients = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_devices_of_a_mesh_mix_their_own_rows(mixer):
+    config = dataclasses.replace(TINY, mixers=mixer)
+    module = MIXERS[mixer].module(config)
+    u = jax.random.normal(jax.random.key(0), (4, 8, config.d_model))
+    documents = jnp.asarray(np.repeat([1, 2], 4))[None].repeat(4, axis=0)
+    params = module.init(jax.random.key(1), u)
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), 2 * (AxisType.Auto,), devices=jax.devices()[:4])
+
+    def mix(u):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return module.apply(params, u, documents)[0]
+
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    program = jax.jit(mix, in_shardings=rows, out_shardings=rows).lower(u).compile()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", program.as_text())
+    tolerances.assert_close(program(jax.device_put(u, rows)), module.apply(params, u, documents)[0], TOLERANCE, "y")
 
 
 def test_state_is_kept_in_shape(model):
