@@ -58,9 +58,12 @@ class GatedDeltaNet(nn.Module):
         if u.ndim == 2:
             o, memory = gated_delta_step(**seq, state=memory)
         else:
+            # There is one kernel for GPUs, Triton's, as for a step of Mamba-3.
+            implementation = "triton" if m.scan_implementation == "mosaic" else m.scan_implementation
+            options = {"implementation": implementation, "chunk_size": m.chunk_size}
 
             def scan(rows: dict, _: None) -> jax.Array | tuple[jax.Array, jax.Array]:
-                return gated_delta_scan(**rows, chunk_size=m.chunk_size, return_state=state is not None)
+                return gated_delta_scan(**rows, **options, return_state=state is not None)
 
             result = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": memory}, None)
             o, memory = (result, None) if state is None else (result[0], result[1].astype(m.state_dtype))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, gated_delta_scan, mamba3_scan, mamba3_step
+from m3jax.models.attention import attend
 from tests import tolerances
 from tests.kernels.cases import Case, differentiated, make, make_state
 
@@ -206,3 +207,65 @@ def test_steps_equal_the_scan_under_jit_with_donation():
     tolerance = tolerances.rounding("float32", case.n * case.r * case.l)
     assert tolerances.rms_ratio(jnp.moveaxis(y, 0, 1), expected["y"]) <= tolerance
     assert tolerances.rms_ratio(final.ssm, expected["final.ssm"]) <= tolerance
+
+
+def _gradients(function, args: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The result, and the gradient of each argument of the sum of the result's cosines."""
+    y, pullback = jax.vjp(lambda args: function(**args), args)
+    return {"y": y} | pullback(jnp.cos(y))[0]
+
+
+def _assert_close_to_float64(function, exact, args: dict[str, jax.Array], tolerance: float) -> None:
+    actual = jax.jit(functools.partial(_gradients, function))(args)
+    with jax.enable_x64(True):
+        expected = jax.jit(functools.partial(_gradients, exact))(_in_float64(args))
+    errors = {name: tolerances.rms_ratio(value, expected[name]) for name, value in actual.items()}
+    assert max(errors.values()) <= tolerance, errors
+
+
+@pytest.mark.parametrize(("dtype", "n", "p", "chunk_size"), [
+    ("bfloat16", 128, 256, None), ("float32", 128, 256, None), ("bfloat16", 48, 72, 32), ("bfloat16", 16, 16, 16),
+])  # fmt: skip
+def test_gated_delta(dtype, n, p, chunk_size):
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    lead = (2, 300, 3)
+    k = jax.random.normal(next(keys), (*lead, n))
+    args = {
+        "q": (jax.random.normal(next(keys), k.shape) / n).astype(dtype),
+        "k": (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(dtype),
+        "v": jax.random.normal(next(keys), (*lead, p), dtype),
+        "log_decay": -jnp.exp(jax.random.uniform(next(keys), lead, minval=-6, maxval=0)),
+        "beta": jax.random.uniform(next(keys), lead),
+    }
+    documents = {"segment_ids": _documents(dataclasses.replace(WIDE, b=lead[0], l=lead[1]), packed=True)}
+    kernel = functools.partial(gated_delta_scan, **documents, chunk_size=chunk_size, implementation="triton")
+    exact = functools.partial(gated_delta_scan, **documents, implementation="reference")
+    tolerance = tolerances.rounding("float32", 300 * n)
+    if dtype == "bfloat16":
+        # q and k, the inverse, both its products, S and its cotangent, and the result.
+        tolerance += tolerances.narrow_rms("bfloat16", roundings=6)
+    _assert_close_to_float64(kernel, exact, args, tolerance)
+
+
+@pytest.mark.parametrize("mean_length", [100, 10])
+def test_attention_of_documents(mean_length):
+    """Few enough documents for cuDNN to take one by one, and more."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    heads = {"q": 4, "k": 2, "v": 2}
+    args = {
+        name: jax.random.normal(key, (2, 384, n, 64), jnp.bfloat16)
+        for key, (name, n) in zip(keys, heads.items(), strict=True)
+    }
+    starts = np.random.default_rng(0).random((2, 384)) < 1 / mean_length
+    documents = jnp.asarray(np.cumsum(starts, axis=1, dtype=np.int32))
+
+    def exact(q, k, v):
+        k, v = (jnp.repeat(t, 2, axis=2) for t in (k, v))
+        scores = jnp.einsum("blhd,bmhd->bhlm", q, k, precision="highest") / 8
+        seen = jnp.tri(384, dtype=bool)[None] & (documents[:, :, None] == documents[:, None])
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bhlm,bmhd->blhd", weights, v, precision="highest")
+
+    # The weights, the result, its cotangent and the gradient.
+    tolerance = tolerances.narrow_rms("bfloat16", roundings=4)
+    _assert_close_to_float64(functools.partial(attend, segment_ids=documents), exact, args, tolerance)
