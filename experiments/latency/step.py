@@ -32,7 +32,7 @@ from m3jax.kernels.mamba3.triton import step as triton_step
 from m3jax.kernels.mamba3.triton.launch import launch
 
 HEADS, HEADDIM, D_STATE, ANGLES = 64, 64, 128, 32
-STEPS = 100
+ROUNDS = 100
 LAYERS_BYTES = 2**28  # states of all layers together, several times the cache of a data-centre card
 EPSILON = 1e-5
 # RMS, relative. float32: sums of up to 1024 products. bfloat16: one rounding of y, 2^-9 / √3, and of the state.
@@ -181,8 +181,7 @@ def microseconds(function: Callable, carry, steps: int, calls: int = 15) -> dict
 
 
 def time_step(step: Callable, token: Sequence, weights: Weights, state: Mamba3State, layers: int) -> dict[str, float]:
-    """A step's time in a loop over `layers` states in turn, of STEPS steps or one round if that is more."""
-    rounds = max(STEPS // layers, 1)
+    """A step's time in a loop over `layers` states in turn, of ROUNDS rounds."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def loop(carry, token, weights):
@@ -190,10 +189,10 @@ def time_step(step: Callable, token: Sequence, weights: Weights, state: Mamba3St
             # y is carried, so that XLA computes it; nothing reads the old one, so that it costs no copy.
             return [step(token, weights, state) for _, state in carry]
 
-        return jax.lax.fori_loop(0, rounds, body, carry)
+        return jax.lax.fori_loop(0, ROUNDS, body, carry)
 
     carry = [(token.x + 0, jax.tree.map(lambda v: v + 0, state)) for _ in range(layers)]
-    return microseconds(lambda carry: loop(carry, token, weights), carry, rounds * layers)
+    return microseconds(lambda carry: loop(carry, token, weights), carry, ROUNDS * layers)
 
 
 @triton.jit
@@ -210,15 +209,14 @@ def triton_copy(v: jax.Array) -> jax.Array:
 
 def time_copy(copy: Callable, nbytes: int, layers: int) -> dict[str, float]:
     """The time to read and write in place nbytes in all, in a loop over `layers` arrays in turn."""
-    rounds = max(STEPS // layers, 1)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def loop(carry):
-        return jax.lax.fori_loop(0, rounds, lambda _, carry: [copy(v) for v in carry], carry)
+        return jax.lax.fori_loop(0, ROUNDS, lambda _, carry: [copy(v) for v in carry], carry)
 
     size = nbytes // 8 // 2048 * 2048  # float32, read and written
     carry = [jax.random.normal(jax.random.key(i), (size,)) for i in range(layers)]
-    return microseconds(loop, carry, rounds * layers)
+    return microseconds(loop, carry, ROUNDS * layers)
 
 
 def layers_of(nbytes: int) -> int:

@@ -29,9 +29,9 @@ SMALL_SISO = dataclasses.replace(SISO, p=16, n=32, s=8)
 SMALL_MIMO = dataclasses.replace(SMALL_SISO, r=4, norm=True, omega_per_head=True)
 
 
-def lower(function: Callable, *args) -> None:
-    """Traces with the shapes of `args` and lowers for CUDA, which compiles the kernels."""
-    jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
+def lower(function: Callable, *args) -> str:
+    """Traces with the shapes of `args` and lowers for CUDA, which compiles the kernels; the lowered text."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def arguments(case: Case, dtype: str) -> dict[str, jax.Array]:
@@ -85,12 +85,13 @@ def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
 
 
 def lower_aliases() -> None:
-    """A launch in place, under vmap."""
+    """A launch in place, under vmap, in the interface that CUDA graphs can contain."""
 
     def add_one(v):
         return launch(_add_one, [v], {}, [jax.ShapeDtypeStruct(v.shape, v.dtype)], (1, 1, 1), 1, {"SIZE": 64}, {0: 0})
 
-    lower(jax.vmap(add_one), jnp.zeros((3, 64)))
+    text = lower(jax.vmap(add_one), jnp.zeros((3, 64)))
+    assert "custom_call @triton_kernel_call_ffi" in text and "api_version = 4" in text
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from m3jax.kernels import Mamba3State, mamba3_step
 from m3jax.kernels.mamba3 import api, reference, rotary
 from m3jax.kernels.mamba3.inputs import Sequence, Weights
 from m3jax.kernels.mamba3.triton import step as triton_step
+from m3jax.kernels.mamba3.triton import step_pieces
 from tests import tolerances
 from tests.kernels import interpreter
 from tests.kernels.cases import Case, make, make_state
@@ -118,7 +119,7 @@ def test_decay_extremes(log_dt, log_decay):
 def test_default_tiling_fits_every_promised_width():
     for dtype in (jnp.float32, jnp.bfloat16):
         for width in (1, 16, 48, 64, 128, 256):
-            tiling = triton_step.default_tiling(4, min(width, 128), width, dtype, jnp.bfloat16)
+            tiling = triton_step.default_tiling(4, min(width, 128), width, dtype)
             assert triton.next_power_of_2(width) % tiling.columns == 0
             assert tiling.warps in (1, 2, 4, 8, 16)
 
@@ -128,11 +129,11 @@ def _apply(kind: tl.constexpr, v_ptr, first_ptr, second_ptr, SIZE: tl.constexpr)
     at = tl.arange(0, SIZE)
     v = tl.load(v_ptr + at)
     if kind == "wrap":
-        tl.store(first_ptr + at, triton_step._wrap(v))
+        tl.store(first_ptr + at, step_pieces.wrap(v))
     elif kind == "exp":
-        tl.store(first_ptr + at, triton_step._exp(v))
+        tl.store(first_ptr + at, step_pieces.exp(v))
     else:
-        cos, sin = triton_step._cos_sin(v)
+        cos, sin = step_pieces.cos_sin(v)
         tl.store(first_ptr + at, cos)
         tl.store(second_ptr + at, sin)
 

@@ -2,11 +2,14 @@
 
     φ' = φ + Δ ω mod 2π      H' = α H + β Σ_r x_prev,r ⊗ B_prev,r + γ Σ_r x_r ⊗ B_r      y_r = H' C_r + D x_r
 
-Letters as in ../reference.py. Reading and writing H is nearly all the work, so H is asked for first and everything else
-is computed while it arrives: one thread per column turns B and C (column i < s pairs with i + s), and the results pass
-through shared memory to every thread. H is [P, C, W], column c·W + w at [:, c, w]: the fewer columns W side by side,
-the more rows of H a warp holds, and the fewer steps a sum over n takes between its lanes. PP, NP, RP are P, N, R
-rounded up to powers of two.
+Letters as in ../reference.py. Reading and writing H is nearly all the work; the rest must take little time, for what a
+multiprocessor has in flight is what its few programs ask for. So everything is asked for before anything is waited for
+or passed between threads. One thread per column turns B and C (column i < s pairs with i + s).
+
+With one rank H is [P, C, W], column c·W + w at [:, c, w], and has one multiply-add per product. With several (DOTS) it
+is in the tile of a product (step_pieces.py): the tensor cores add the outer products, of halves which together have the
+accuracy of H. They also read y where it and H are bfloat16; elsewhere y is sums, in float32. PP, NP, RP are P, N, R
+rounded up to powers of two, V the numbers in 16 bytes of H.
 
 In a decoding loop the state is carried: every output of the state takes the memory of its input where dtypes allow, or
 XLA would copy all of H once more at every token. A program reads all of its head's old state before it writes any.
@@ -26,12 +29,20 @@ from ..inputs import Sequence, Weights
 from ..state import Mamba3State
 from .launch import batch_too_large, launch
 from .pieces import sigmoid
+from .step_pieces import (
+    cos_sin,
+    exp,
+    outer_operands,
+    readout_operand,
+    stack,
+    tile,
+    tile_columns,
+    untile,
+    untile_rows,
+    with_bias,
+    wrap,
+)
 
-# As ../rotary.py: k · _TWO_PI_HIGH is exact, and the rest of 2π is subtracted apart.
-_TWO_PI = tl.constexpr(6.283185307179586)
-_TWO_PI_HIGH = tl.constexpr(6.28125)
-_TWO_PI_LOW = tl.constexpr(6.283185307179586 - 6.28125)
-_ALL_GONE = tl.constexpr(-110.0)  # e to this power is 0 in float32
 _MAX_RANK = 8  # of what the sum over ranks is written for
 _MAX_HEADDIM, _MAX_D_STATE = 128, 256  # a head's state is in the registers of 16 warps
 _MAX_WARPS = 16
@@ -43,95 +54,17 @@ class Tiling(NamedTuple):
 
     columns: int  # W
     warps: int
-    dots: bool  # tensor cores (tf32) instead of one multiply-add per product
+    dots: bool  # tensor cores instead of one multiply-add per product
 
 
 @triton.jit
-def _wrap(angle):
-    """Radians to [0, 2π), as `rotary.wrap_angle`."""
-    turns = tl.floor(angle * (1 / _TWO_PI))
-    high, low = turns * _TWO_PI_HIGH, turns * _TWO_PI_LOW
-    wrapped = tl.where(turns < 0, (angle - low) - high, (angle - high) - low)
-    wrapped = tl.where(wrapped < 0, wrapped + _TWO_PI, tl.where(wrapped >= _TWO_PI, wrapped - _TWO_PI, wrapped))
-    return tl.where(wrapped >= _TWO_PI, 0.0, wrapped)
-
-
-@triton.jit
-def _cos_sin(angle):
-    """Of an angle in [0, 2π), to float32 accuracy; the library's functions carry code for angles of any size."""
-    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
-    rest = (angle - quarter * 1.5703125) - quarter * 4.838267948966e-4
-    square = rest * rest
-    sin = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
-    cos = 4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
-    cos = (1.0 - 0.5 * square) + square * square * cos
-    odd = (quarter == 1.0) | (quarter == 3.0)
-    cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
-    cos = tl.where((quarter == 1.0) | (quarter == 2.0), -cos, cos)
-    return cos, tl.where((quarter == 2.0) | (quarter == 3.0), -sin, sin)
-
-
-@triton.jit
-def _exp(v):
-    """e^v for a v ≤ 0 to float32 accuracy: the hardware's 2^-22 would add up over the memory of a slow head."""
-    v = tl.where(v < _ALL_GONE, _ALL_GONE, v)
-    turns = tl.floor(v * 1.4426950408889634 + 0.5)
-    rest = (v - turns * 0.693359375) + turns * 2.12194440e-4
-    series = 8.3334519073e-3 + rest * (1.3981999507e-3 + rest * 1.9875691500e-4)
-    series = 5.0000001201e-1 + rest * (1.6666665459e-1 + rest * (4.1665795894e-2 + rest * series))
-    series = 1.0 + (rest + rest * rest * series)
-    return series * tl.exp2(turns)
-
-
-@triton.jit
-def _turned(ptr, bias_ptr, column, partner, exists, turns, cos, sin, HAS_BIAS: tl.constexpr, S: tl.constexpr):
-    """B or C of a rank, or of all, with its bias, rotated; `sin` carries the sign of the partner's part."""
-    v = tl.load(ptr + column, mask=exists, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        v += tl.load(bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
+def _requested(ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr, S: tl.constexpr):
+    """B or C of a rank, or of all, with its bias; and what each column turns with."""
+    v = with_bias(ptr, bias_ptr, at + column, bias_at + column, exists, HAS_BIAS)
+    other = v
     if S > 0:
-        other = tl.load(ptr + partner, mask=turns, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            other += tl.load(bias_ptr + partner, mask=turns, other=0.0).to(tl.float32)
-        v = v * cos + other * sin
-    return v
-
-
-@triton.jit
-def _halves(v, FAST: tl.constexpr):
-    """Two arrays whose sum is v: FAST, bfloat16 and to 2^-17, else float32 and exactly."""
-    high = v.to(tl.bfloat16)
-    low = v - high.to(tl.float32)
-    if FAST:
-        low = low.to(tl.bfloat16)
-    else:
-        high = high.to(tl.float32)
-    return high, low
-
-
-@triton.jit
-def _row(v, C: tl.constexpr, W: tl.constexpr):
-    """[NP] → [1, C, W]."""
-    return tl.reshape(v, (C, W))[None, :, :]
-
-
-@triton.jit
-def _stack(parts, R: tl.constexpr, RP: tl.constexpr):
-    """R vectors [E], and zeros in the places left over → [E, RP]; RP is 1, 2, 4 or 8."""
-    for _ in tl.static_range(RP - R):
-        parts += (tl.zeros_like(parts[0]),)
-    if RP == 1:
-        stacked = parts[0][:, None]
-    elif RP == 2:
-        stacked = tl.join(parts[0], parts[1])
-    elif RP == 4:
-        pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-        stacked = tl.reshape(pairs, (parts[0].shape[0], 4))
-    else:
-        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
-        odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
-        stacked = tl.reshape(tl.join(even, odd), (parts[0].shape[0], 8))
-    return stacked
+        other = with_bias(ptr, bias_ptr, at + partner, bias_at + partner, turns, HAS_BIAS)
+    return v, other
 
 
 @triton.jit
@@ -141,151 +74,167 @@ def step_kernel(
     angle_ptr, ssm_ptr, b_prev_ptr, x_prev_ptr, norm_eps,
     y_ptr, angle_out_ptr, ssm_out_ptr, b_out_ptr, x_out_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
-    PP: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, OMEGA_HEADS: tl.constexpr,
+    PP: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, V: tl.constexpr, OMEGA_HEADS: tl.constexpr,
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
     HAS_MIMO_O: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_NORM: tl.constexpr,
     DOTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One head of one batch row."""
     C: tl.constexpr = NP // W
-    PRECISION: tl.constexpr = "tf32" if FAST else "tf32x3"
+    NARROW: tl.constexpr = FAST and (ssm_ptr.dtype.element_ty == tl.bfloat16)
     head = tl.program_id(0)
     batch = tl.program_id(1)
     row_head = batch * H + head
     group = head // (H // G)
 
-    p = tl.arange(0, PP)
-    in_p = p < P
-    wide = tl.arange(0, C)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    state_base = row_head.to(tl.int64) * (P * N)
-    state_at = p[:, None, None] * N + wide
-    in_state = in_p[:, None, None] & (wide < N)
-    state = tl.load(ssm_ptr + state_base + state_at, mask=in_state, other=0.0)
-
-    x_at = row_head * P + p
-    x_token = tl.load(x_ptr + x_at, mask=in_p, other=0.0)
-    x_prev = tl.load(x_prev_ptr + x_at, mask=in_p, other=0.0).to(tl.float32)
-    x = x_token.to(tl.float32)
     dt = tl.load(dt_ptr + row_head)
     lam = tl.load(lam_ptr + row_head)
-    alpha = _exp(dt * tl.load(a_ptr + row_head))
-    x_prev *= (1 - lam) * dt * alpha
-    x_now = x * (lam * dt)
+    a = tl.load(a_ptr + row_head)
 
+    # What belongs to a column of H: [NP], or [RP, NP].
     column = tl.arange(0, NP)
     in_n = column < N
     turns = column < 2 * S
-    partner = column
-    cos = 1.0
-    sin = 0.0
+    imaginary = column >= S
+    partner = tl.where(imaginary, column - S, column + S)
     if S > 0:
-        imaginary = column >= S
-        partner = tl.where(imaginary, column - S, column + S)
         pair = tl.where(imaginary, column - S, column)
         omega_at = batch * S
         if OMEGA_HEADS:
             omega_at = row_head * S
         omega = tl.load(omega_ptr + omega_at + pair, mask=turns, other=0.0)
-        angle = _wrap(tl.load(angle_ptr + row_head * S + pair, mask=turns, other=0.0) + dt * omega)
-        cos, sin = _cos_sin(angle)
-        sin = tl.where(imaginary, sin, -sin)
-    h = state.to(tl.float32) * alpha
-    own_b = row_head.to(tl.int64) * (R * N)
-    group_b = batch * (R * G * N) + group * N
+        angle = tl.load(angle_ptr + row_head * S + pair, mask=turns, other=0.0)
+    token_at = batch * (R * G * N) + group * N
+    bias_at = head * (R * N)
+    own_base = row_head.to(tl.int64) * (R * N)
+    ranks = tl.arange(0, RP)[:, None]
+    tokens_at, biases_at, own_at = token_at + ranks * (G * N), bias_at + ranks * N, ranks * N + column[None, :]
+    columns, partners = column[None, :], partner[None, :]
+    exist, rotate = (ranks < R) & in_n[None, :], (ranks < R) & turns[None, :]
     if DOTS:
-        ranks = tl.arange(0, RP)[:, None]
-        own = ranks * N + column[None, :]
-        token_at = ranks * (G * N)
-        weight_at = head * (R * N) + ranks * N
-        exists = (ranks < R) & in_n[None, :]
-        rotates = (ranks < R) & turns[None, :]
-        if S > 0:
-            cos, sin = cos[None, :], sin[None, :]
-        before = tl.load(b_prev_ptr + own_b + own, mask=exists, other=0.0).to(tl.float32)
-        b = _turned(b_ptr + group_b + token_at, b_bias_ptr + weight_at, column[None, :], partner[None, :],
-                    exists, rotates, cos, sin, HAS_B_BIAS, S)  # fmt: skip
-        c = _turned(c_ptr + group_b + token_at, c_bias_ptr + weight_at, column[None, :], partner[None, :],
-                    exists, rotates, cos, sin, HAS_C_BIAS, S)  # fmt: skip
-        # Row k of the product's inner axis: rank, token (the one before, this one), half of x, half of B.
-        k = tl.arange(0, 2 * RP)[None, :]
-        left = tl.where(k % 2 == 0, x_prev[:, None], x_now[:, None])
-        if HAS_MIMO_X:
-            left *= tl.load(mimo_x_ptr + (head * R + k // 2) * P + p[:, None], mask=in_p[:, None] & (k // 2 < R),
-                            other=0.0).to(tl.float32)  # fmt: skip
-        high, low = _halves(left, FAST)
-        left = tl.join(high, low)
-        left = tl.reshape(tl.join(left, left), (PP, 8 * RP))
-        high, low = _halves(tl.join(before, b), FAST)
-        right = tl.permute(tl.join(tl.join(high, high), tl.join(low, low)), (0, 2, 3, 4, 1))
-        h = tl.dot(left, tl.reshape(right, (8 * RP, NP)), tl.reshape(h, (PP, NP)), input_precision=PRECISION)
-        high, low = _halves(c, FAST)
-        c = tl.reshape(tl.permute(tl.join(high, low), (1, 0, 2)), (NP, 2 * RP))
-        # From H as it is stored: rounded, an accumulator is an operand without moving between threads.
-        y = tl.dot(h.to(left.dtype), c, input_precision=PRECISION)
-        y = tl.sum(tl.reshape(y, (PP, RP, 2)), 2)
-        h = tl.reshape(h, (PP, C, W))
-        tl.debug_barrier()  # other threads may have yet to read what this overwrites
-        tl.store(b_out_ptr + own_b + own, b, mask=exists)
+        b, b_partner = _requested(b_ptr, b_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate,
+                                  HAS_B_BIAS, S)  # fmt: skip
+        before = tl.load(b_prev_ptr + own_base + own_at, mask=exist, other=0.0).to(tl.float32)
     else:
-        bs, ys = (), ()
+        bs, befores = (), ()
         for r in tl.static_range(R):
-            bias_at = (head * R + r) * N
-            before = tl.load(b_prev_ptr + own_b + r * N + column, mask=in_n, other=0.0).to(tl.float32)
-            b = _turned(b_ptr + group_b + r * (G * N), b_bias_ptr + bias_at, column, partner, in_n, turns, cos, sin,
-                        HAS_B_BIAS, S)  # fmt: skip
-            from_before, from_now = x_prev, x_now
-            if HAS_MIMO_X:
-                weight = tl.load(mimo_x_ptr + (head * R + r) * P + p, mask=in_p, other=0.0).to(tl.float32)
-                from_before, from_now = x_prev * weight, x_now * weight
-            h += from_before[:, None, None] * _row(before, C, W)
-            h += from_now[:, None, None] * _row(b, C, W)
-            bs += (b,)
+            bs += (_requested(b_ptr, b_bias_ptr, token_at + r * (G * N), bias_at + r * N, column, partner, in_n, turns,
+                              HAS_B_BIAS, S),)  # fmt: skip
+            befores += (tl.load(b_prev_ptr + own_base + r * N + column, mask=in_n, other=0.0).to(tl.float32),)
+    if DOTS and NARROW:
+        c, c_partner = _requested(c_ptr, c_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate,
+                                  HAS_C_BIAS, S)  # fmt: skip
+    else:
+        cs = ()
         for r in tl.static_range(R):
-            bias_at = (head * R + r) * N
-            c = _turned(c_ptr + group_b + r * (G * N), c_bias_ptr + bias_at, column, partner, in_n, turns, cos, sin,
-                        HAS_C_BIAS, S)  # fmt: skip
-            ys += (tl.sum(tl.reshape(h * _row(c, C, W), (PP, NP)), 1),)
-        y = _stack(ys, R, RP)
-        tl.debug_barrier()  # other threads may have yet to read what this overwrites
-        for r in tl.static_range(R):
-            tl.store(b_out_ptr + own_b + r * N + column, bs[r], mask=in_n)
-    tl.store(ssm_out_ptr + state_base + state_at, h.to(ssm_out_ptr.dtype.element_ty), mask=in_state)
+            cs += (_requested(c_ptr, c_bias_ptr, token_at + r * (G * N), bias_at + r * N, column, partner, in_n, turns,
+                              HAS_C_BIAS, S),)  # fmt: skip
+
+    # What belongs to a row of H, [PP, RP]: the same for every rank where ranks share it.
+    p = tl.arange(0, PP)[:, None]
+    rank = tl.arange(0, RP)[None, :]
+    in_rank = (p < P) & (rank < R)
+    x_at = row_head * P + p + 0 * rank
+    rank_at = (head * R + rank) * P + p
+    x_token = tl.load(x_ptr + x_at, mask=in_rank, other=0.0)
+    x_prev = tl.load(x_prev_ptr + x_at, mask=in_rank, other=0.0).to(tl.float32)
+    x = x_token.to(tl.float32)
+    if HAS_MIMO_X:
+        mimo_x = tl.load(mimo_x_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
+        x, x_prev = x * mimo_x, x_prev * mimo_x
+    if HAS_Z:
+        gate = tl.load(z_ptr + x_at, mask=in_rank, other=0.0).to(tl.float32)
+        if HAS_MIMO_Z:
+            gate *= tl.load(mimo_z_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
+    if HAS_MIMO_O:
+        mimo_o = tl.load(mimo_o_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        norm = tl.load(norm_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+    if HAS_D:
+        d = tl.load(d_ptr + head).to(tl.float32)
+
+    if DOTS:
+        row = tl.arange(0, PP // 2)[:, None, None, None] + tl.arange(0, 2)[None, None, :, None] * (PP // 2)
+        wide = tl.arange(0, C)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+    else:
+        row = tl.arange(0, PP)[:, None, None]
+        wide = tl.arange(0, C)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    state_base = row_head.to(tl.int64) * (P * N)
+    state_at = row * N + wide
+    in_state = (row < P) & (wide < N)
+    h = tl.load(ssm_ptr + state_base + state_at, mask=in_state, other=0.0)
+
+    alpha = exp(dt * a)
+    x_prev *= (1 - lam) * dt * alpha
+    x_now = x * (lam * dt)
+    cos = 1.0
+    sin = 0.0
+    if S > 0:
+        angle = wrap(angle + dt * omega)
+        cos, sin = cos_sin(angle)
+        sin = tl.where(imaginary, sin, -sin)
+    tl.debug_barrier()  # other threads may have yet to read what the stores below overwrite
     if S > 0:
         tl.store(angle_out_ptr + row_head * S + column, angle, mask=column < S)
-    tl.store(x_out_ptr + x_at, x_token, mask=in_p)
+    tl.store(x_out_ptr + x_at, x_token, mask=in_rank & (rank == 0))
+    if DOTS:
+        if S > 0:
+            b = b * cos[None, :] + b_partner * sin[None, :]
+        tl.store(b_out_ptr + own_base + own_at, b, mask=exist)
+        left, right = outer_operands(x_prev, x_now, before, b, PP, NP, RP, W, V, NARROW)
+        if NARROW:
+            if S > 0:
+                c = c * cos[None, :] + c_partner * sin[None, :]
+            c = readout_operand(c, NP, RP, W, V)
+        h = tl.dot(left, right, tile(h, PP, NP, W, V).to(tl.float32) * alpha)
+    else:
+        h = h.to(tl.float32) * alpha
+        for r in tl.static_range(R):
+            b = bs[r][0] * cos + bs[r][1] * sin
+            tl.store(b_out_ptr + own_base + r * N + column, b, mask=in_n)
+            from_before = tl.sum(tl.where(rank == r, x_prev, 0.0), 1)
+            from_now = tl.sum(tl.where(rank == r, x_now, 0.0), 1)
+            h += from_before[:, None, None] * tl.reshape(befores[r], (1, C, W))
+            h += from_now[:, None, None] * tl.reshape(b, (1, C, W))
+    if DOTS and NARROW:
+        # From H as it is stored: rounded, an accumulator is an operand without moving between threads.
+        y = tl.sum(tl.reshape(tl.dot(h.to(tl.bfloat16), c), (PP, RP, 16 // RP)), 2)
+    else:
+        ys = ()
+        for r in tl.static_range(R):
+            c = cs[r][0] * cos + cs[r][1] * sin
+            if DOTS:
+                ys += (tl.sum(h * tile_columns(tl.reshape(c, (1, NP)), 1, NP, W, V), 1),)
+            else:
+                ys += (tl.sum(tl.reshape(h * tl.reshape(c, (1, C, W)), (PP, NP)), 1),)
+        y = stack(ys, R, RP)
+    if DOTS:
+        y = untile_rows(y, PP, RP)
+        h = untile(h, PP, NP, W, V)
+    tl.store(ssm_out_ptr + state_base + state_at, h.to(ssm_out_ptr.dtype.element_ty), mask=in_state)
 
-    rank = tl.arange(0, RP)
-    rank_at = (head * R + rank[None, :]) * P + p[:, None]
-    in_rank = in_p[:, None] & (rank < R)[None, :]
-    if HAS_D:
-        skip = x[:, None]
-        if HAS_MIMO_X:
-            skip = skip * tl.load(mimo_x_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
-        y += tl.load(d_ptr + head).to(tl.float32) * skip
-    if HAS_NORM:
-        inverse = tl.rsqrt(tl.sum(y * y, 0) / P + norm_eps)
-        y *= inverse[None, :] * tl.load(norm_ptr + head * P + p, mask=in_p, other=0.0).to(tl.float32)[:, None]
+    scale = 1.0
     if HAS_Z:
-        gate = tl.load(z_ptr + x_at, mask=in_p, other=0.0).to(tl.float32)[:, None]
-        if HAS_MIMO_Z:
-            gate = gate * tl.load(mimo_z_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
-        y *= gate * sigmoid(gate, FAST)
+        scale = gate * sigmoid(gate, FAST)
     if HAS_MIMO_O:
-        y *= tl.load(mimo_o_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
-    y = tl.where(in_rank, y, 0.0)
-    tl.store(y_ptr + x_at, tl.sum(y, 1).to(y_ptr.dtype.element_ty), mask=in_p)
+        scale *= mimo_o
+    if HAS_D:
+        y += d * x
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(y * y, 0) / P + norm_eps)[None, :] * norm
+    y = tl.sum(tl.where(in_rank, y * scale, 0.0), 1)
+    p = tl.arange(0, PP)
+    tl.store(y_ptr + row_head * P + p, y.to(y_ptr.dtype.element_ty), mask=p < P)
 
 
-def default_tiling(rank: int, headdim: int, d_state: int, ssm_dtype: jnp.dtype, x_dtype: jnp.dtype) -> Tiling:
+def default_tiling(rank: int, headdim: int, d_state: int, ssm_dtype: jnp.dtype) -> Tiling:
     """The tiling that is fastest for a shape, as far as measured (experiments/latency/step.py)."""
     itemsize = jnp.dtype(ssm_dtype).itemsize
-    elements = triton.next_power_of_2(headdim) * triton.next_power_of_2(d_state)
-    # 64 elements of H a thread; rows of 128 bytes side by side, a whole line of memory.
-    warps = min(max(elements // 2048, 1), _MAX_WARPS)
-    columns = min(triton.next_power_of_2(d_state), 128 // itemsize)
-    # One multiply-add per product takes as long as a narrow state takes to move from rank 4 on.
-    narrow = jnp.dtype(ssm_dtype) == jnp.bfloat16 and jnp.dtype(x_dtype) == jnp.bfloat16
-    return Tiling(columns, warps, dots=narrow and rank >= 4 and min(headdim, d_state) >= 16)
+    dots = rank > 1 and min(headdim, d_state) >= 16
+    # 64 elements of H a thread; rows of 128 bytes side by side, a whole line of memory, or what a product's tile holds.
+    warps = min(max(triton.next_power_of_2(headdim) * triton.next_power_of_2(d_state) // 2048, 1), _MAX_WARPS)
+    columns = min(triton.next_power_of_2(d_state), (64 if dots else 128) // itemsize)
+    return Tiling(columns, warps, dots)
 
 
 def unsupported(token: Sequence, state: Mamba3State) -> str | None:
@@ -322,7 +271,7 @@ def step(
     token = token._replace(**{name: getattr(token, name).astype(jnp.float32) for name in ("dt", "a", "lam", "omega")})
     state = state._replace(angle=state.angle.astype(jnp.float32), b=state.b.astype(jnp.float32))
     if tiling is None:
-        tiling = default_tiling(token.b.shape[1], token.x.shape[-1], token.b.shape[-1], state.ssm.dtype, token.x.dtype)
+        tiling = default_tiling(token.b.shape[1], token.x.shape[-1], token.b.shape[-1], state.ssm.dtype)
     return _step(token, weights, state, norm_eps, tiling)
 
 
@@ -393,12 +342,15 @@ def _call(
     aliases = {
         first + i: 1 + i for i, v in enumerate(state) if v.shape == out[1 + i].shape and v.dtype == out[1 + i].dtype
     }
+    # A product's inner axis has at least 16 numbers, those of two ranks.
+    padded_rank = max(triton.next_power_of_2(rank), 2 if tiling.dots else 1)
     y, angle, ssm, b, x = launch(
         step_kernel, inputs, {"norm_eps": np.float32(norm_eps)}, out, (heads, batch, 1), tiling.warps,
         {
             "H": heads, "G": groups, "R": rank, "P": p, "N": n, "S": s, "PP": triton.next_power_of_2(p),
-            "NP": triton.next_power_of_2(n), "RP": triton.next_power_of_2(rank), "W": tiling.columns,
-            "OMEGA_HEADS": token.omega.ndim == 3, "HAS_B_BIAS": weights.b_bias is not None,
+            "NP": triton.next_power_of_2(n), "RP": padded_rank, "W": tiling.columns,
+            "V": 16 // state.ssm.dtype.itemsize, "OMEGA_HEADS": token.omega.ndim == 3,
+            "HAS_B_BIAS": weights.b_bias is not None,
             "HAS_C_BIAS": weights.c_bias is not None, "HAS_MIMO_X": weights.mimo_x is not None,
             "HAS_MIMO_Z": weights.mimo_z is not None, "HAS_MIMO_O": weights.mimo_o is not None,
             "HAS_D": weights.d is not None, "HAS_Z": token.z is not None, "HAS_NORM": weights.norm_weight is not None,
