@@ -1,5 +1,6 @@
 # make train: a small Mamba-3 MIMO model on the bundled text, from a bare machine.  make test: the whole CPU suite.
 # make test-gpu: the kernels' tests and timings on a GPU.  make test-mosaic: the Mosaic GPU kernels interpreted on a CPU.
+# make notebook: executes the notebook again.
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
@@ -7,7 +8,7 @@ RUN := runs/tiny_mimo
 # Large allocations in 2 MiB pages: a training step on a CPU is 1.2 times as fast (docs/performance.md).
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: train test test-gpu test-mosaic lint wheel
+.PHONY: train test test-gpu test-mosaic lint wheel notebook
 
 train: $(VENV)/installed
 	@mkdir -p $(RUN)
@@ -40,6 +41,11 @@ test-gpu:
 test-mosaic: export PYTHONPATH := .
 test-mosaic:
 	@$(GPU_PYTHON) -m pytest tests/kernels/test_mosaic_*.py
+
+NOTEBOOK := experiments/notebooks/mamba3_tour
+notebook: $(VENV)/installed
+	@$(PY) -m pip install --quiet --editable ".[notebooks]"
+	@$(PY) -m jupytext --to ipynb --set-kernel python3 --execute $(NOTEBOOK).py
 
 lint: $(VENV)/installed-test
 	@$(VENV)/bin/ruff check .
