@@ -15,6 +15,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs, Sequence, Weights
 from m3jax.kernels.mamba3.mosaic import mimo_forward
+from m3jax.kernels.mamba3.mosaic.mimo_output import LATE
 from m3jax.kernels.mamba3.mosaic.mimo_pieces import positions
 from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
 from tests import tolerances
@@ -103,3 +104,10 @@ def test_lowers_for_a_gpu(case, segments):
     run = jax.jit(functools.partial(mimo_forward.forward_in_segments, segments=segments))
     text = run.trace(inputs, prepared).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == segments  # the states of segments first, if there are several
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("rows", [LATE, COEFFICIENTS])
+def test_slots_of_copies_begin_at_multiples_of_128_bytes(ranks, rows):
+    """Where coefficients of the next chunk arrive; the GPU stops at others, the interpreter takes any."""
+    assert 4 * rows * positions(ranks) % 128 == 0

@@ -11,7 +11,8 @@ from ..inputs import Inputs, Weights
 from .backward import choose_block
 from .forward import Prepared
 from .mimo_forward import Operands
-from .mimo_gradients import ALONG, KEYS, OF_O, OF_X, OF_Z, OVERLAP, QUERIES, SAME, TURN, Gradients, gradients
+from .mimo_gradients import Gradients, gradients
+from .mimo_head_gradients import ALONG, KEYS, OF_O, OF_X, OF_Z, OVERLAP, QUERIES, SAME, TURN
 from .mimo_pieces import positions
 from .mimo_state_gradients import FLOW, TURNED_FLOW, state_gradients
 from .pieces import DECAY, OTHER, N, S
