@@ -15,12 +15,14 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs, Sequence, Weights
 from m3jax.kernels.mamba3.mosaic import mimo_forward
-from m3jax.kernels.mamba3.mosaic.mimo_forward import T
+from m3jax.kernels.mamba3.mosaic.mimo_output import LATE
+from m3jax.kernels.mamba3.mosaic.mimo_pieces import positions
 from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
 from tests import tolerances
 from tests.kernels.cases import Case
 from tests.kernels.mosaic_cases import documents, mimo_arguments, needs_new_jax
 
+T = positions(4)  # of a chunk at rank 4; at rank 2 twice as many
 CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(-2, 1))
 
 
@@ -88,16 +90,24 @@ def test_without_a_state_or_weights_that_may_be_absent(monkeypatch):
 @pytest.mark.parametrize("segments", [1, 2])
 def test_lowers_for_a_gpu(case, segments):
     """Without the Triton kernels, which run in an interpreter here."""
-    b, h, chunks = case.b, case.h, math.ceil(case.l / T)
+    b, h, span = case.b, case.h, positions(case.r)
+    chunks = math.ceil(case.l / span)
     args = jax.eval_shape(lambda: mimo_arguments(case)[0])
     seq, weights = (kind(**{name: args[name] for name in kind._fields if name in args} | missing)
                     for kind, missing in ((Sequence, {}), (Weights, {"norm_weight": None})))  # fmt: skip
     shape = jax.ShapeDtypeStruct
     inputs = Inputs(seq, weights, shape((b, h, P, N), "f4"), shape((b, h, S), "f4"), None)
     prepared = mimo_forward.Prepared(
-        shape((b, h, chunks, COEFFICIENTS, T), "f4"), shape((b, chunks * T, 2 * S), "bfloat16"),
+        shape((b, h, chunks, COEFFICIENTS, span), "f4"), shape((b, chunks * span, 2 * S), "bfloat16"),
         shape((b, h, chunks, S), "f4"),
     )  # fmt: skip
     run = jax.jit(functools.partial(mimo_forward.forward_in_segments, segments=segments))
     text = run.trace(inputs, prepared).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == segments  # the states of segments first, if there are several
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("rows", [LATE, COEFFICIENTS])
+def test_slots_of_copies_begin_at_multiples_of_128_bytes(ranks, rows):
+    """Where coefficients of the next chunk arrive; the GPU stops at others, the interpreter takes any."""
+    assert 4 * rows * positions(ranks) % 128 == 0

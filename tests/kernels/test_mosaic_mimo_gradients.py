@@ -1,6 +1,7 @@
 """The MIMO backward in Mosaic GPU: in JAX's interpreter against the scan in float64; and that it lowers for a GPU."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,13 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs
 from m3jax.kernels.mamba3.mosaic import mimo_backward, mimo_forward
-from m3jax.kernels.mamba3.mosaic.mimo_forward import T
+from m3jax.kernels.mamba3.mosaic.mimo_pieces import positions
 from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
 from tests import tolerances
 from tests.kernels.cases import Case, differentiated
 from tests.kernels.mosaic_cases import documents, mimo_arguments, needs_new_jax, split, wide
 
+T = positions(4)  # of a chunk at rank 4; at rank 2 twice as many
 CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(-2, 1))
 
 
@@ -82,13 +84,14 @@ def test_without_a_state_or_weights_that_may_be_absent(monkeypatch):
 ], ids=["groups", "rank_2"])  # fmt: skip
 def test_lowers_for_a_gpu(case, segments):
     """Without the Triton kernels, which run in an interpreter here."""
-    b, h, chunks = case.b, case.h, case.l // T
+    b, h, span = case.b, case.h, positions(case.r)
+    chunks = math.ceil(case.l / span)
     args = jax.eval_shape(lambda: mimo_arguments(case)[0])
     seq, weights = split(args)
     shape = jax.ShapeDtypeStruct
     inputs = Inputs(seq, weights, None, shape((b, h, S), "f4"), None)
     prepared = mimo_forward.Prepared(
-        shape((b, h, chunks, COEFFICIENTS, T), "f4"), shape((b, chunks * T, 2 * S), "bfloat16"),
+        shape((b, h, chunks, COEFFICIENTS, span), "f4"), shape((b, chunks * span, 2 * S), "bfloat16"),
         shape((b, h, chunks, S), "f4"),
     )  # fmt: skip
 
@@ -99,4 +102,4 @@ def test_lowers_for_a_gpu(case, segments):
 
     dssm = shape((b, h, P, N), "f4")
     text = run.trace(inputs, prepared, seq.x, dssm).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 2 * segments + 2  # states of segments and sequences, both ways
+    assert text.count("custom_call @mosaic_gpu") == 2 * segments + 1  # states of segments and sequences, both ways

@@ -68,8 +68,8 @@ from .pieces import (
     unstash,
     widen,
 )  # fmt: skip
-from .products import column_sums, product, stash_turns, turn_by_hand, unstash_turns
-from .wgmma import begin, settle
+from .products import column_sums, stash_turns, turn_by_hand, unstash_turns
+from .wgmma import begin, product, settle
 
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)

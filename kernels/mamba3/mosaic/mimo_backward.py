@@ -11,17 +11,17 @@ from ..inputs import Inputs, Weights
 from .backward import choose_block
 from .forward import Prepared
 from .mimo_forward import Operands
-from .mimo_gradients import ALONG, OVERLAP, SAME, TURN, Side, gradients
-from .mimo_pieces import T
+from .mimo_gradients import Gradients, gradients
+from .mimo_head_gradients import ALONG, KEYS, OF_O, OF_X, OF_Z, OVERLAP, QUERIES, SAME, TURN
+from .mimo_pieces import positions
 from .mimo_state_gradients import FLOW, TURNED_FLOW, state_gradients
-from .pieces import DECAY, OTHER, P, S
+from .pieces import DECAY, OTHER, N, S
 
 
 class Found(NamedTuple):
     """What the kernels write."""
 
-    queries: Side
-    keys: Side
+    gradients: Gradients
     flows: jax.Array  # [b, h, chunks, FLOWS, N / 2] float32
 
 
@@ -45,11 +45,9 @@ def kernels(
     chunk_grad, flows, first_grad = state_gradients(
         dy, z, c, prepared, weights, chunk_ssm, dssm, segments=segments, interpret=interpret
     )
-    block = choose_block(batch, 2 * length, heads, b.shape[3])  # half as many positions to a chunk as there
-    how = {"block": block, "interpret": interpret}
-    queries = gradients(False, x, z, dy, b, c, prepared, weights, d, chunk_ssm, **how)
-    keys = gradients(True, x, z, dy, b, c, prepared, weights, d, chunk_grad, **how)
-    return Found(queries, keys, flows), first_grad
+    block = choose_block(batch, length * c.shape[2], heads, b.shape[3])  # of rows, as many to a chunk as there
+    found = gradients(x, z, dy, b, c, prepared, weights, d, chunk_ssm, chunk_grad, block=block, interpret=interpret)
+    return Found(found, flows), first_grad
 
 
 def parts(
@@ -58,17 +56,28 @@ def parts(
 ) -> Parts:  # fmt: skip
     """What `cotangents.combine` makes gradients of. `ssm`: H after the last token, needed with its gradient `dssm`."""
     batch, length, heads, _ = inputs.seq.x.shape
-    weights = inputs.weights
-    queries, keys, flows = found
+    ranks, weights = inputs.seq.b.shape[2], inputs.weights
+    span, pairs = positions(ranks), ranks // 2
+    found, flows = found
+    # [b, h, chunks, sides, kinds, T]
+    vectors = found.vectors.reshape(*found.vectors.shape[:-1], pairs, span).sum(axis=-2)
 
-    def vector(side: Side, row: int) -> jax.Array:  # [b, h, chunks, T]
-        return side.vectors[:, :, :, :, row].sum(axis=3)
+    def vector(side: int, row: int) -> jax.Array:  # [b, h, chunks, T]
+        return vectors[:, :, :, side, row]
 
     def whole(v: jax.Array) -> jax.Array:
         return v.reshape(batch, heads, -1)[:, :, :length]
 
-    later = np.tri(T, dtype=np.float32)  # a step of the decay reaches every later position
-    along = vector(queries, ALONG) - vector(keys, ALONG)
+    def down(side: int) -> jax.Array:
+        v = found.down[:, side]  # [blocks, b, chunks, 2, 32, N]
+        v = v.reshape(*v.shape[:4], pairs, span, N).transpose(0, 1, 2, 5, 4, 3, 6)
+        return v.reshape(v.shape[0], batch, -1, ranks, N)[:, :, :length]
+
+    def of_weight(v: jax.Array) -> jax.Array:  # [b, chunks, h, width, r] → [h, r, width]
+        return jnp.swapaxes(v.sum(axis=(0, 1)), 1, 2)
+
+    later = np.tri(span, dtype=np.float32)  # a step of the decay reaches every later position
+    along = vector(QUERIES, ALONG) - vector(KEYS, ALONG)
     decay = jnp.einsum("bhmt,ts->bhms", along, later, precision=jax.lax.Precision.HIGHEST)
     log_scale = prepared.coefficients[:, :, :, DECAY] - prepared.coefficients[:, :, :, OTHER]
     turned = flows[:, :, :, TURNED_FLOW]
@@ -79,28 +88,27 @@ def parts(
     if dssm is not None:
         last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
         last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
-    of_queries, of_keys = (side.mimo.sum(axis=(0, 1)) for side in (queries, keys))
     of_weights = {
-        "b_bias": keys.biases.sum(axis=(0, 1)),
-        "c_bias": queries.biases.sum(axis=(0, 1)),
-        "mimo_x": of_keys,
-        "mimo_z": of_queries[..., P:],
-        "mimo_o": of_queries[..., :P],
-        "d": vector(queries, OVERLAP).sum(axis=(0, 2, 3)),
+        "b_bias": of_weight(found.biases[:, :, :, KEYS]),
+        "c_bias": of_weight(found.biases[:, :, :, QUERIES]),
+        "mimo_x": of_weight(found.mimo[:, :, :, OF_X]),
+        "mimo_z": of_weight(found.mimo[:, :, :, OF_Z]),
+        "mimo_o": of_weight(found.mimo[:, :, :, OF_O]),
+        "d": vector(KEYS, OVERLAP).sum(axis=(0, 2, 3)),
         "norm_weight": None,
     }
     of_weights = {name: None if getattr(weights, name) is None else v for name, v in of_weights.items()}
     return Parts(
-        x=keys.value[:, :length],
-        z=queries.value[:, :length],
-        b=keys.down[:, :, :length],
-        c=queries.down[:, :, :length],
+        x=found.x[:, :length],
+        z=found.z[:, :length],
+        b=down(KEYS),
+        c=down(QUERIES),
         weights=Weights(**of_weights),
         decay=whole(decay),
-        scale=whole(vector(keys, ALONG) * jnp.exp2(-log_scale)),
-        gamma=whole(vector(queries, SAME)),
-        turn=whole(vector(queries, TURN) + vector(keys, TURN)),
-        omega=(queries.omega.sum(axis=1) + keys.omega.sum(axis=1))[:, :, :length],
+        scale=whole(vector(KEYS, ALONG) * jnp.exp2(-log_scale)),
+        gamma=whole(vector(QUERIES, SAME)),
+        turn=whole(vector(QUERIES, TURN) + vector(KEYS, TURN)),
+        omega=found.omega.sum(axis=1)[:, :, :length],
         decay_flow=jnp.concatenate([decay_flow[:, :, :-1], last_decay], axis=2),
         phase_flow=jnp.concatenate([phase_flows[:, :, :-1], last_phase], axis=2),
         ssm=None if inputs.ssm is None else first_grad,

@@ -1,11 +1,14 @@
-"""What the Mosaic GPU kernels for MIMO need besides pieces.py: rows of two ranks, weights by rank, products by hand.
+"""What the Mosaic GPU kernels for MIMO need besides pieces.py: rows of all ranks, and sums over them.
 
-Notation: a chunk has T = 32 positions of R ranks. A [32, w] array, one row per position, lies in registers so that a
-thread has pairs of neighbouring columns in one row (POS). Row 16 v + 8 k + i of a [64, w] array as the matrix units
-leave it (WG) is rank k of two, position 8 v + i: a thread has both ranks of its position, so what depends on the
-position alone exists once, and sums over ranks are sums of a thread's own numbers. Shared memory holds the rows of a
-pair of ranks in the same order: B and C, [64, 128] a pair, in blocks of 8 rows and 64 columns, [4, 2, 2, 8, 64] by v,
-k, columns, i and column (BLOCKS).
+Notation: a chunk has 64 rows, all R = 2 or 4 ranks of T = 64 / R positions. Row 16 v + 8 k + i of a [64, w] array as
+the matrix units leave it (WG) is rank k of a pair, position 8 v + i at 2 ranks; at 4, the lower 32 rows have the first
+pair and the others the second, each of 16 positions. So a thread has both ranks of a pair at its position: what
+depends on the position alone exists once, and sums over a pair are sums of a thread's own numbers. One rank of every
+pair is a [32, w] array, in which a thread has pairs of neighbouring columns in one row (POS): a row per position at 2
+ranks; at 4 every position twice, which the same warps have once more as [16, w].
+
+Shared memory holds rows in the same order: B and C, [64, 128], in blocks of 8 rows and 64 columns, [4, 2, 2, 8, 64] by
+v, k, columns, i and column (BLOCKS).
 
 What is written by hand has a plain twin for the interpreter (`simulated`).
 """
@@ -14,17 +17,16 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
+from jax.experimental.mosaic.gpu import fragmented_array
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
-from .pieces import WG, P
-from .wgmma import IN_FLIGHT, array_of, assembly, descriptor, issue, words
+from .pieces import WG
+from .wgmma import array_of
 
-T = 32  # positions of a chunk
-ROWS = 2 * T  # of a pair of ranks
+ROWS = 64  # of a chunk
+HALF_ROWS = ROWS // 2  # one rank of every pair
 BLOCKS = (4, 2, 2, 8, 64)
 
 POS = plgpu.Layout.TILED(
@@ -37,41 +39,52 @@ _HALF_POS = plgpu.Layout.TILED(
 )  # fmt: skip
 
 
+def positions(ranks: int) -> int:
+    """Of a chunk."""
+    return ROWS // ranks
+
+
 def positions_layout(ranks: int):
-    """Of arrays with a row per position of a step."""
+    """Of arrays with a row per position of a chunk."""
     return POS if ranks == 2 else _HALF_POS
 
 
+def iotas(zero: jax.Array, ranks: int) -> tuple[jax.Array, jax.Array]:
+    """Row and column numbers of an array with a row and a column per position, int32."""
+    shape, layout = (positions(ranks),) * 2, positions_layout(ranks)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + zero
+    return row, plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+
+
 def spread(v: jax.Array, simulated: bool) -> jax.Array:
-    """A row per position of a step, [T or T / 2, w] → per position and pair of ranks, [T, w]. No instruction."""
-    if v.shape[0] == T:
+    """A row per position, [T, w] → per position and pair of ranks, [32, w]. No instruction."""
+    if v.shape[0] == HALF_ROWS:
         return v
     if simulated:
         return jnp.concatenate([v, v])
-    out = plgpu.ShapeDtypeStruct((T, v.shape[1]), v.dtype, layout=POS)
+    out = plgpu.ShapeDtypeStruct((HALF_ROWS, v.shape[1]), v.dtype, layout=POS)
     return plgpu.inline_mgpu(arg_types=(_HALF_POS,), return_type=out)(
         lambda ctx, v: array_of(POS, out.shape, v.registers)
     )(v)
 
 
-# Weights of a head per rank: biases of the half that rotates, mimo_x, half of mimo_z, mimo_o; biases of the other half,
-# which share a row.
-WEIGHTS = 6
-B_BIAS, C_BIAS, MIMO_X, MIMO_Z, MIMO_O, B_REST, C_REST = range(WEIGHTS + 1)
-
-
 def blocks(*shape: int) -> plgpu.SMEM:
-    """B or C of pairs of ranks."""
+    """B or C of a chunk."""
     return plgpu.SMEM((*shape, *BLOCKS), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(128),))
 
 
-def cols(v: jax.Array) -> jax.Array:
-    """[w] along columns → [T, w]."""
-    return lax.broadcast_in_dim(v, (T, v.shape[0]), (1,))
+def column_blocks(v: jax.Array) -> list[jax.Array]:
+    """[.., w] in parts of eight columns."""
+    return [v[:, k : k + 8] for k in range(0, v.shape[1], 8)]
+
+
+def positions_of_columns(count: int) -> list[int]:
+    """Of every eight rows of a chunk of `count` positions: which eight positions they have."""
+    return [(k // 2) % (count // 8) for k in range(8)]
 
 
 def join(first: jax.Array, second: jax.Array, simulated: bool) -> jax.Array:
-    """Two ranks, [T, w] each → [ROWS, w] as the matrix units take it. No instruction."""
+    """Both ranks of pairs, [32, w] each → [ROWS, w] as the matrix units take it. No instruction."""
     if simulated:
         return jnp.stack([v.reshape(4, 8, -1) for v in (first, second)], axis=1).reshape(ROWS, -1)
     out = plgpu.ShapeDtypeStruct((ROWS, first.shape[1]), first.dtype, layout=WG)
@@ -89,8 +102,8 @@ def join(first: jax.Array, second: jax.Array, simulated: bool) -> jax.Array:
 def split(v: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
     """The converse of `join`."""
     if simulated:
-        return tuple(v.reshape(4, 2, 8, -1)[:, half].reshape(T, -1) for half in range(2))
-    out = plgpu.ShapeDtypeStruct((T, v.shape[1]), v.dtype, layout=POS)
+        return tuple(v.reshape(4, 2, 8, -1)[:, half].reshape(HALF_ROWS, -1) for half in range(2))
+    out = plgpu.ShapeDtypeStruct((HALF_ROWS, v.shape[1]), v.dtype, layout=POS)
 
     @plgpu.inline_mgpu(arg_types=(WG,), return_type=(out, out))
     def inline(ctx, array):
@@ -100,11 +113,11 @@ def split(v: jax.Array, simulated: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def load_pair(ref, columns: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
-    """64 columns of a pair of ranks in shared memory (BLOCKS): two of [T, 64]."""
+    """64 columns of B or C in shared memory (BLOCKS): both ranks of pairs, [32, 64] each."""
     ref = ref.at[:, :, columns]
     if simulated:
         v = ref[...]  # [4, 2, 8, 64]
-        return v[:, 0].reshape(T, 64), v[:, 1].reshape(T, 64)
+        return v[:, 0].reshape(HALF_ROWS, 64), v[:, 1].reshape(HALF_ROWS, 64)
     out = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=WG)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType((plgpu.SwizzleTransform(128),)),), return_type=out)
@@ -129,80 +142,13 @@ def store_pair(ref, columns: int, first: jax.Array, second: jax.Array, simulated
     inline(join(first, second, simulated), ref)
 
 
-def pack(b_bias, c_bias, mimo_x, mimo_z, mimo_o) -> jax.Array:
-    """Weights [h, r, n or p] as the kernels read them: [h, r, WEIGHTS, 64] float32.
-
-    A thread finds its columns in pieces of 16 bytes. The last row holds the biases that do not rotate, two bfloat16
-    numbers to each 32 bits.
-    """
-    wide = jnp.stack([b_bias[..., :P], c_bias[..., :P], mimo_x, mimo_z / 2, mimo_o], axis=2).astype(jnp.float32)
-    narrow = jnp.concatenate([_in_pieces(v[..., P:].astype(jnp.bfloat16)) for v in (b_bias, c_bias)], axis=-1)
-    narrow = lax.bitcast_convert_type(narrow.reshape(*narrow.shape[:-1], 64, 2), jnp.float32)
-    return jnp.concatenate([_in_pieces(wide), narrow[:, :, None]], axis=2)
-
-
-def _in_pieces(v: jax.Array) -> jax.Array:
-    """The last axis, of 64: columns 8 j + 2 q + {0, 1} with the same q, up to 16 bytes, side by side."""
-    pairs = _pairs(v.dtype)
-    out = v.reshape(*v.shape[:-1], 8 // pairs, pairs, 4, 2)
-    return jnp.swapaxes(out, -3, -2).reshape(v.shape)
-
-
-def x_weights(packed: jax.Array) -> jax.Array:
-    """mimo_x, [h, r, p] float32, from what `pack` made."""
-    v = packed[:, :, MIMO_X]
-    pairs = _pairs(v.dtype)
-    return jnp.swapaxes(v.reshape(*v.shape[:-1], 8 // pairs, 4, pairs, 2), -3, -2).reshape(v.shape)
-
-
-def _pairs(dtype) -> int:
-    """In 16 bytes."""
-    return 16 // jnp.dtype(dtype).itemsize // 2
-
-
-def _load_pieces(pointer: ir.Value, first: int, element: ir.Type, pairs: int) -> np.ndarray:
-    """A thread's 16 numbers of a packed row, in pairs; `pointer`: where its first piece would be at 0."""
-    i8, pair = ir.IntegerType.get_signless(8), ir.VectorType.get((2,), element)
-    registers = []
-    for piece in range(8 // pairs):
-        at = mgpu.utils.getelementptr(pointer, [first + 64 * piece], i8)
-        loaded = llvm.load(ir.VectorType.get((2 * pairs,), element), at)
-        registers += [vector.extract_strided_slice(pair, loaded, [2 * k], [2], [1]) for k in range(pairs)]
-    return np.array(registers)
-
-
-def load_row_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.Array:
-    """Of rank k of the pair of a row, [T, 64]: float32, or bfloat16 for B_REST and C_REST. `ref`: of one head."""
-    row, dtype = (kind, jnp.float32) if kind < B_REST else (B_REST, jnp.bfloat16)
-    pairs, second = _pairs(dtype), kind == C_REST
-    if simulated:
-        v = [load_weight(ref, rank, kind, True) for rank in range(k, ranks, 2)]
-        return jnp.concatenate([lax.broadcast_in_dim(w, (2 * T // ranks, 64), (1,)) for w in v])
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((T, 64), dtype, layout=POS))
-    def inline(ctx, memory):
-        i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
-        element = ir.F32Type.get() if dtype == jnp.float32 else ir.BF16Type.get()
-        thread = mgpu.utils.thread_idx()
-        at = arith.muli(arith.andi(thread, mgpu.utils.c(3, i32)), mgpu.utils.c(16, i32))
-        if ranks == 4:  # the upper two warps have the second pair
-            pair = arith.andi(arith.shrui(thread, mgpu.utils.c(6, i32)), mgpu.utils.c(1, i32))
-            at = arith.addi(at, arith.muli(pair, mgpu.utils.c(2 * 4 * 64 * WEIGHTS, i32)))
-        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
-        pointer = mgpu.utils.getelementptr(pointer, [at], i8)
-        first = 4 * 64 * (WEIGHTS * k + row) + 128 * second
-        return array_of(POS, (T, 64), _load_pieces(pointer, first, element, pairs))
-
-    return inline(ref)
-
-
 def send_partial(sums, total: jax.Array, simulated: bool) -> None:
-    """Half of the sums over a pair of ranks, [T, P], to the warp with the other pair; `sums`: [16, 64] float32."""
+    """Half of the sums over a pair of ranks, [32, P], to the warp with the other pair; `sums`: 4 KiB."""
     if simulated:
         sums[...] = total[:16]
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), POS))
+    @plgpu.inline_mgpu(arg_types=(_type(sums), POS))
     def inline(ctx, sums, total):
         four, at = ir.VectorType.get((4,), ir.F32Type.get()), _own_place(sums, 0)
         upper, registers = _has_upper_pair(), list(total.registers.flat)
@@ -222,7 +168,7 @@ def store_sum(y, sums, total: jax.Array, simulated: bool) -> None:
         return
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))), plgpu.RefType(), POS)
+        arg_types=(plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))), _type(sums), POS)
     )
     def inline(ctx, y, sums, total):
         i32, i8, f32, bf16 = *(ir.IntegerType.get_signless(k) for k in (32, 8)), ir.F32Type.get(), ir.BF16Type.get()
@@ -248,6 +194,13 @@ def store_sum(y, sums, total: jax.Array, simulated: bool) -> None:
     inline(y, sums, total)
 
 
+def _type(sums) -> plgpu.RefType:
+    """Of memory for partial sums, which may be that of something else: float32 [16, 64], or a bfloat16 tile."""
+    if sums.dtype == jnp.float32:
+        return plgpu.RefType()
+    return plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
 def _has_upper_pair() -> ir.Value:
     """Whether this thread's rows are of the second pair of ranks."""
     i32 = ir.IntegerType.get_signless(32)
@@ -263,139 +216,38 @@ def _own_place(sums: ir.Value, flipped: int) -> ir.Value:
     return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [thread], four)
 
 
-def load_weight(ref, rank: int, kind: int, simulated: bool) -> jax.Array:
-    """Along columns, [64]: float32, or bfloat16 for B_REST and C_REST. `ref`: of one head, in global memory."""
-    row, dtype = (kind, jnp.float32) if kind < B_REST else (B_REST, jnp.bfloat16)
-    pairs, second = _pairs(dtype), kind == C_REST
+def unspread(v: jax.Array, ranks: int, simulated: bool) -> jax.Array:
+    """The converse of `spread`, of what every pair has the same of: [32, w] → [T, w]. No instruction."""
+    if ranks == 2:
+        return v
     if simulated:
-        v = ref[rank, row]
-        if dtype == jnp.bfloat16:
-            v = lax.bitcast_convert_type(v, dtype).reshape(2, 64)[int(second)]
-        return jnp.swapaxes(v.reshape(8 // pairs, 4, pairs, 2), 1, 2).reshape(64)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=POS.reduce(0))
-    )
-    def inline(ctx, memory):
-        i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
-        element = ir.F32Type.get() if dtype == jnp.float32 else ir.BF16Type.get()
-        lane = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(3, i32))
-        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
-        pointer = mgpu.utils.getelementptr(pointer, [arith.muli(lane, mgpu.utils.c(16, i32))], i8)
-        first = 4 * 64 * (WEIGHTS * rank + row) + 128 * second
-        return array_of(POS.reduce(0), (64,), _load_pieces(pointer, first, element, pairs))
-
-    return inline(ref)
+        return v[: positions(ranks)]
+    out = plgpu.ShapeDtypeStruct((positions(ranks), v.shape[1]), v.dtype, layout=_HALF_POS)
+    return plgpu.inline_mgpu(arg_types=(POS,), return_type=out)(
+        lambda ctx, v: array_of(_HALF_POS, out.shape, v.registers)
+    )(v)
 
 
-def product(acc: jax.Array | None, a, b, simulated: bool, transposed: bool = False) -> jax.Array:
-    """acc + a @ b, or a @ bᵀ if `transposed`; without acc, the product alone. It runs on by itself until `settle`.
-
-    Pallas' own wgmma would write zeros to registers for what begins as 0, long before they are needed.
-
-    Args:
-      acc: [64, n] float32, from `begin` or another product.
-      a: [64, k] bfloat16, an array or in shared memory; not to be changed before the product is done.
-      b: [k, n] or, transposed, [n, k] bfloat16 in shared memory.
-      simulated: whether the interpreter runs this.
-      transposed: as above.
-    """
+def store_counted(out, v: jax.Array, ranks: int, simulated: bool) -> None:
+    """The first columns, one for each rank, of v [64, 8] (WG) to `out` [64, r] in global memory."""
     if simulated:
-        left, right = (v if isinstance(v, jax.Array) else _matrix(v) for v in (a, b))
-        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-        out = jnp.dot(left, right.T if transposed else right, precision=lax.Precision.HIGHEST)
-        return out if acc is None else acc + out
-    in_registers = isinstance(a, jax.Array)
-    height, width = _matrix_shape(b)
-    n = height if transposed else width
-    swizzle = min(128, 2 * width)
-    deep = swizzle // 2  # of a block of columns
+        out[...] = v[:, :ranks]
+        return
 
-    def inline(ctx, a, b, *acc):
-        b = _tiles(b, deep)
-        if transposed:
-            b = mgpu.utils.memref_transpose(b, (1, 0, 3, 2))
-        right = mma_utils.create_descriptor(
-            b, swizzle=swizzle, group_size=(deep, n), logical_k_major=True, split_const=True
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG))
+    def inline(ctx, out, v):
+        i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
+        c, thread = (
+            mgpu.utils.c,
+            arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(127, ir.IntegerType.get_signless(32))),
         )
-        if in_registers:
-            depth = a.shape[1]
-            a = fragmented_array.optimization_barrier(a)
-        else:
-            a = _tiles(a, deep)
-            depth = deep * ir.MemRefType(a.type).shape[1]
-            left = mma_utils.create_descriptor(
-                a, swizzle=swizzle, group_size=(64, deep), logical_k_major=False, split_const=True
-            )
-        registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
-        nvvm.wgmma_fence_aligned()
-        for k in range(0, depth, 16):
-            part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, deep)
-            transposes = [right[2] != mma_utils.Dim.K] if in_registers else [False, right[2] != mma_utils.Dim.K]
-            registers = issue(registers, part, descriptor(right, k, deep), n, transposes)
-        assembly("wgmma.commit_group.sync.aligned;")
-        return array_of(IN_FLIGHT, (64, n), np.array(registers))
+        pair = arith.andi(thread, c(3, i32))  # of columns: four threads have a row
+        in_warp = arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32))
+        row = arith.addi(in_warp, arith.muli(arith.shrui(thread, c(5, i32)), c(16, i32)))
+        at = arith.addi(arith.muli(row, c(ranks // 2, i32)), pair)
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [at], two)
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, pair, c(ranks // 2, i32))):
+            for k, register in enumerate(v.registers.flat):
+                llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * k * (ranks // 2)], two), alignment=8)
 
-    a_type = WG if in_registers else _type(a)
-    types = (a_type, _type(b)) + ((IN_FLIGHT,) if acc is not None else ())
-    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
-    return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
-
-
-def sum_positions(staged, columns: int, ones, simulated: bool) -> jax.Array:
-    """Sums over positions of 64 columns of a pair of ranks in shared memory (BLOCKS): [64, 8] by column and rank.
-
-    A product, as `product` returns it. `ones` [8, ROWS] bfloat16 in shared memory: 1 where row k meets rank k, else 0.
-    """
-    staged = staged.at[:, :, columns]
-    if simulated:
-        v = staged[...].reshape(ROWS, 64).astype(jnp.float32)
-        return jnp.dot(v.T, ones[...].astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
-    types = (plgpu.RefType((plgpu.SwizzleTransform(128),)), _type(ones))
-    out = plgpu.ShapeDtypeStruct((64, 8), jnp.float32, layout=IN_FLIGHT)
-
-    @plgpu.inline_mgpu(arg_types=types, return_type=out)
-    def inline(ctx, a, b):
-        a = mgpu.utils.memref_unsqueeze(mgpu.utils.memref_fold(a, 0, 2), 1)
-        a, b = (mgpu.utils.memref_transpose(v, (1, 0, 3, 2)) for v in (a, b))
-        left = mma_utils.create_descriptor(a, swizzle=128, group_size=(64, 64), logical_k_major=False, split_const=True)
-        right = mma_utils.create_descriptor(b, swizzle=128, group_size=(64, 8), logical_k_major=True, split_const=True)
-        registers = None
-        nvvm.wgmma_fence_aligned()
-        for k in range(0, ROWS, 16):
-            registers = issue(registers, descriptor(left, k, 64), descriptor(right, k, 64), 8, [True, False])
-        assembly("wgmma.commit_group.sync.aligned;")
-        return array_of(IN_FLIGHT, (64, 8), np.array(registers))
-
-    return inline(staged, ones)
-
-
-def _matrix_shape(ref) -> tuple[int, int]:
-    if len(ref.shape) == 2:
-        return ref.shape
-    if len(ref.shape) == 3:  # [2, T, w]
-        return ref.shape[0] * ref.shape[1], ref.shape[2]
-    return 16 * ref.shape[-5] * (ref.shape[0] if len(ref.shape) == 6 else 1), 128
-
-
-def _matrix(ref) -> jax.Array:
-    v = ref[...]
-    if v.ndim > 3:
-        v = jnp.swapaxes(v, -3, -2)
-    return v.reshape(_matrix_shape(ref))
-
-
-def _type(ref) -> plgpu.RefType:
-    swizzle = plgpu.SwizzleTransform(min(128, 2 * ref.shape[-1]))
-    return plgpu.RefType((plgpu.TilingTransform((8, 64)), swizzle) if len(ref.shape) == 2 else (swizzle,))
-
-
-def _tiles(memory: ir.Value, width: int) -> ir.Value:
-    """Shared memory as blocks of 8 rows: [rows / 8, columns / width, 8, width]."""
-    shape = ir.MemRefType(memory.type).shape
-    if len(shape) == 4:
-        return memory
-    if len(shape) == 3:
-        memory = mgpu.utils.memref_fold(memory, 0, 2)
-        return mgpu.utils.memref_unsqueeze(mgpu.utils.memref_unfold(memory, 0, (None, 8)), 1)
-    return mgpu.utils.memref_fold(memory, 0, len(shape) - 3)
+    inline(out, v)

@@ -23,10 +23,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from . import mimo_pieces as mimo
+from . import mimo_weights as of
 from .forward import Prepared
-from .mimo_forward import _by_parts, _get_pair, _in_blocks, _iotas, _rotate_pairs, _turn
-from .mimo_pieces import POS, ROWS, T, blocks, cols, join, product
+from .mimo_pieces import ROWS, blocks, iotas, join, positions, positions_layout, spread
+from .mimo_turning import by_parts, get_rates, get_rows, in_rows, rates_of_chunk, rotate, turn
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -37,7 +37,6 @@ from .pieces import (
     N,
     P,
     S,
-    iotas,
     load_rows,
     load_tile,
     opaque_zero,
@@ -46,8 +45,9 @@ from .pieces import (
     tile,
     widen,
 )
+from .pieces import iotas as square_iotas
 from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
-from .wgmma import begin, settle
+from .wgmma import begin, product, settle
 
 # Rows of what is written per chunk, float32 [N / 2] each: <G, H> by coordinate, summed over both halves of them; and
 # <G, J H> in two parts, by coordinate of G.
@@ -65,8 +65,8 @@ def state_gradients(
       dy: gradient of the output, [b, l, h, P] bfloat16; l is a whole number of chunks.
       z: the gate, likewise.
       c: C, [b, l, r, g, N] bfloat16.
-      prepared: from prepare.py, for chunks of T positions.
-      weights: from `mimo_pieces.pack`.
+      prepared: from prepare.py, for chunks of 64 / r positions.
+      weights: from `mimo_weights.pack`.
       chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
       last_grad: gradient of H after the last token, [b, h, P, N] float32; None = zeros.
       segments: of the sequence; all but the last have equally many chunks.
@@ -87,7 +87,8 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
     """
     batch, length, heads, _ = dy.shape
     ranks, groups = c.shape[2:4]
-    pairs, per_group, chunks = ranks // 2, heads // groups, length // T
+    span, layout = positions(ranks), positions_layout(ranks)
+    per_group, chunks = heads // groups, length // span
     most = -(-chunks // segments)
     simulated = interpret is not None
 
@@ -113,17 +114,16 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
 
         def get_early(back):
             ci = first + count - 1 - back
-            at, span = (index, head, ci), pl.ds(ci * T, T)
+            at, here = (index, head, ci), pl.ds(ci * span, span)
             plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[0], early_here)
             plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[0], early_here)
-            plgpu.copy_gmem_to_smem(rate_ref.at[index, span], all_rates.at[0].transpose((1, 0, 2)), early_here)
-            plgpu.copy_gmem_to_smem(dy_ref.at[index, span, head], all_dy.at[0], early_here)
-            plgpu.copy_gmem_to_smem(z_ref.at[index, span, head], all_z.at[0], early_here)
+            get_rates(rate_ref, index, ci, all_rates.at[0], early_here)
+            plgpu.copy_gmem_to_smem(dy_ref.at[index, here, head], all_dy.at[0], early_here)
+            plgpu.copy_gmem_to_smem(z_ref.at[index, here, head], all_z.at[0], early_here)
 
         def get_c(back):
-            for pair in range(pairs):
-                ci = index * chunks + first + count - 1 - back
-                _get_pair(c_ref, ci, pair, head // per_group, all_c.at[0, pair], c_here, simulated)
+            ci = index * chunks + first + count - 1 - back
+            get_rows(c_ref, ci, head // per_group, all_c.at[0], c_here, ranks, simulated)
             if not states_only:
                 # The last chunk has none following: what comes of it is not used.
                 after = jnp.minimum(first + count - back, chunks - 1)
@@ -143,21 +143,22 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
             rows_c, scaled, here, start, narrow = (
                 v.at[zero] for v in (all_c, all_scaled, all_here, all_start, all_narrow)
             )
-            weight = functools.partial(mimo.load_weight, weight_ref.at[head + zero], simulated=simulated)
+            weight = functools.partial(of.load_weight, weight_ref.at[head + zero], ranks=ranks, simulated=simulated)
             plgpu.barrier_wait(early_here)
-            cos, sin = _turn(here, start, all_rates.at[0], *_iotas(zero), simulated)
-            end = here[DECAY, T - 1]
-            from_start = rows(jnp.exp2(load_rows(here.at[DECAY], POS)), P)
-            z_wide, dy_wide = (widen(load_tile(v.at[zero], POS), simulated, POS) for v in (all_z, all_dy))
-            for pair in range(pairs):
-                both = []
-                for rank in (2 * pair, 2 * pair + 1):
-                    half = z_wide * cols(weight(rank, mimo.MIMO_Z))
-                    g = dy_wide * cols(weight(rank, mimo.MIMO_O)) * (half * jnp.tanh(half) + half)
-                    both.append((g * from_start).astype(jnp.bfloat16))
-                scaled[pl.ds(ROWS * pair, ROWS)] = join(*both, simulated)
+            row, column = iotas(zero, ranks)
+            cos, sin = turn(here, start, all_rates.at[0], row, column, ranks, simulated)
+            end = here[DECAY, span - 1]
+            from_start = spread(rows(jnp.exp2(load_rows(here.at[DECAY], layout)), P), simulated)
+            z_wide, dy_wide = (spread(widen(load_tile(v.at[zero], layout), simulated, layout), simulated)
+                               for v in (all_z, all_dy))  # fmt: skip
+            both = []
+            for rank in range(2):
+                half = z_wide * weight(rank, of.MIMO_Z)
+                g = dy_wide * weight(rank, of.MIMO_O) * (half * jnp.tanh(half) + half)
+                both.append((g * from_start).astype(jnp.bfloat16))
+            scaled[...] = join(*both, simulated)
             plgpu.barrier_wait(c_here)
-            _rotate_pairs(rows_c, mimo.C_BIAS, mimo.C_REST, weight, cos, sin, simulated)
+            rotate(rows_c, rows_c, of.C_BIAS, of.C_REST, weight, cos, sin, simulated)
             plgpu.commit_smem()  # A
             pl.when(back + 1 < count)(lambda: get_early(back + 1))
             if not states_only:
@@ -167,7 +168,7 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
                 _flows(narrow, all_following.at[zero], flow_ref.at[index, head, ci], simulated)
             state = begin(state * jnp.exp2(end), simulated)
             by_column = plgpu.load(scaled.transpose((1, 0)), layout=WG)
-            state = settle(product(state, by_column, all_c.at[0], simulated), 0, simulated)
+            state = settle(product(state, by_column, rows_c, simulated), 0, simulated)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # C: this, too, makes the warps meet
             all_narrow[0] = state.astype(jnp.bfloat16)
             pl.when(back + 1 < count)(lambda: get_c(back + 1))
@@ -195,19 +196,18 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
         body,
         out_type=added_shapes(batch, heads, segments) if states_only else out,
         scratch_types=[
-            blocks(1, pairs), tile(1, T, P), tile(1, T, P), tile(1, ranks * T, P),
-            plgpu.SMEM((1, 2, T, S), jnp.bfloat16, transforms=(plgpu.SwizzleTransform(64),)),
-            plgpu.SMEM((1, COEFFICIENTS, T), f32), plgpu.SMEM((1, S), f32), tile(1, P, N), tile(1, P, N),
-            plgpu.Barrier(num_arrivals=5), plgpu.Barrier(num_arrivals=pairs), plgpu.Barrier(),
+            blocks(1), tile(1, span, P), tile(1, span, P), tile(1, ROWS, P), rates_of_chunk(ranks, 1),
+            plgpu.SMEM((1, COEFFICIENTS, span), f32), plgpu.SMEM((1, S), f32), tile(1, P, N), tile(1, P, N),
+            plgpu.Barrier(num_arrivals=5), plgpu.Barrier(num_arrivals=ranks // 2), plgpu.Barrier(),
         ],
         grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(dy, z, _in_blocks(c, simulated), *_by_parts(prepared), weights, *sum(map(tuple, given), ()))  # fmt: skip
+    )(dy, z, in_rows(c, simulated), *by_parts(prepared), weights, *sum(map(tuple, given), ()))  # fmt: skip
 
 
 def _flows(grad, ssm, out, simulated: bool) -> None:
     """What FLOWS says, of G and H [P, N] in shared memory: diagonals of products over P."""
-    row, column = iotas()
+    row, column = square_iotas()
 
     def add(turned, rest):
         for acc, first in ((turned, 0), (rest, HALF)):

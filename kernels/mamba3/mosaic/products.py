@@ -1,72 +1,18 @@
-"""Products of the Mosaic GPU kernels issued by hand.
+"""What the SISO gradients' kernel makes of products: phases, sums over rows; and cosines kept aside.
 
-Pallas' own wgmma writes zeros to registers for what begins as 0, long before they are needed. What is written by hand
-has a plain twin for the interpreter (`simulated`).
+What is written by hand has a plain twin for the interpreter (`simulated`).
 """
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 
 from .pieces import STEP_HIGH, STEP_LOW, WG, S, T, _causal_ones, _int, _places, cols, cos_sin, load_cols, load_tile
-from .wgmma import IN_FLIGHT, array_of, assembly, descriptor, issue, settle, words
-
-_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_SWIZZLE, _DEEP = 128, 64  # bytes, columns
-
-
-def product(acc, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False) -> jax.Array:
-    """acc + a @ b; without acc, the product alone. It runs on by itself until `settle`.
-
-    Args:
-      acc: [64, n] float32, from `begin` or another product.
-      a: [64, k] bfloat16, an array or in shared memory (tile); not to be changed before the product is done.
-      b: [k, n] bfloat16 in shared memory (tile).
-      simulated: whether the interpreter runs this.
-      a_t: `a` is given transposed, in shared memory.
-      b_t: `b` is given transposed.
-    """
-    in_registers = isinstance(a, jax.Array)
-    if simulated:
-        left, right = (v if isinstance(v, jax.Array) else v[...] for v in (a, b))
-        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
-        left, right = left.T if a_t else left, right.T if b_t else right
-        out = jnp.dot(left, right, precision=lax.Precision.HIGHEST)
-        return out if acc is None else acc + out
-    depth, n = b.shape[::-1] if b_t else b.shape
-
-    def inline(ctx, a, b, *acc):
-        right = mma_utils.create_descriptor(
-            mgpu.utils.memref_transpose(b, (1, 0, 3, 2)) if b_t else b,
-            swizzle=_SWIZZLE, group_size=(_DEEP, n), logical_k_major=True, split_const=True,
-        )  # fmt: skip
-        transposes = [right[2] != mma_utils.Dim.K]
-        if in_registers:
-            a = fragmented_array.optimization_barrier(a)
-        else:
-            left = mma_utils.create_descriptor(
-                mgpu.utils.memref_transpose(a, (1, 0, 3, 2)) if a_t else a,
-                swizzle=_SWIZZLE, group_size=(64, _DEEP), logical_k_major=False, split_const=True,
-            )  # fmt: skip
-            transposes.insert(0, left[2] != mma_utils.Dim.K)
-        registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
-        nvvm.wgmma_fence_aligned()
-        for k in range(0, depth, 16):
-            part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, _DEEP)
-            registers = issue(registers, part, descriptor(right, k, _DEEP), n, transposes)
-        assembly("wgmma.commit_group.sync.aligned;")
-        return array_of(IN_FLIGHT, (64, n), np.array(registers))
-
-    memory = plgpu.RefType(_TRANSFORMS)
-    types = (WG if in_registers else memory, memory) + ((IN_FLIGHT,) if acc is not None else ())
-    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
-    return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
+from .wgmma import array_of, product, settle
 
 
 def turn_by_hand(coefficients, start, rates, row: jax.Array, column: jax.Array, simulated: bool):
@@ -125,8 +71,8 @@ def column_sums(v: jax.Array, out, partial, simulated: bool) -> None:
     inline(v, out, partial)
 
 
-def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
-    """Cosine and sine [T, S] to shared memory in float16, in an order that only `unstash_turns` understands.
+def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool, layout=WG) -> None:
+    """Cosine and sine [.., S] to shared memory in float16, in an order that only `unstash_turns` understands.
 
     Rounded to 2^-12 they are off by an eighth of what bfloat16 is.
     """
@@ -135,7 +81,7 @@ def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
             ref[k] = v.astype(jnp.float16).astype(jnp.float32)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, WG))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
     def inline(ctx, ref, cos, sin):
         f16, i32 = ir.F16Type.get(), ir.IntegerType.get_signless(32)
         four = ir.VectorType.get((4,), i32)
@@ -152,11 +98,11 @@ def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
     inline(ref, cos, sin)
 
 
-def unstash_turns(ref, simulated: bool) -> tuple[jax.Array, jax.Array]:
+def unstash_turns(ref, simulated: bool, layout=WG) -> tuple[jax.Array, jax.Array]:
     """What `stash_turns` put there."""
     if simulated:
-        return tuple(load_tile(ref.at[k]) for k in range(2))
-    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=WG)
+        return tuple(load_tile(ref.at[k], layout) for k in range(2))
+    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))
     def inline(ctx, ref):
@@ -175,7 +121,7 @@ def unstash_turns(ref, simulated: bool) -> tuple[jax.Array, jax.Array]:
             pairs = [vector.from_elements(two, half[k : k + 2]) for k in range(0, len(half), 2)]
             registers = np.empty(len(pairs), dtype=object)
             registers[:] = pairs
-            arrays.append(array_of(WG, out.shape, registers))
+            arrays.append(array_of(layout, out.shape, registers))
         return tuple(arrays)
 
     return inline(ref)

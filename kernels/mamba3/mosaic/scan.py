@@ -20,6 +20,7 @@ from ..state import Mamba3State
 from ..triton.launch import batch_too_large, launch
 from . import backward, mimo_backward, mimo_forward
 from .forward import Operands, Prepared, in_chunks, output_pass, state_pass
+from .mimo_pieces import positions
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
 
@@ -31,7 +32,7 @@ _PROGRAMS = 264  # two to each multiprocessor of a large Hopper GPU
 _HEADS, _WARPS, _PART, _CHUNKS = 8, 4, 8, 256
 _PIECES, _TOGETHER = 2, 4  # of a segment in `state_pass`; heads of a program there, at most
 _OPERANDS = ("x", "b", "c", "z")
-_POSITIONS = {1: T, 2: mimo_forward.T, 4: mimo_forward.T}  # of a chunk, by rank
+_POSITIONS = {1: T, 2: positions(2), 4: positions(4)}  # of a chunk, by rank
 _MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
 
 
@@ -250,8 +251,8 @@ def prepare(inputs: Inputs) -> tuple[Prepared, jax.Array]:
     """What the kernels need of every chunk, and the phase after the last token; see prepare.py."""
     dt, a, lam, omega = (getattr(inputs.seq, name) for name in ("dt", "a", "lam", "omega"))
     batch, length, heads = dt.shape
-    positions = _positions_of(inputs)
-    chunks = math.ceil(length / positions)
+    span = _positions_of(inputs)
+    chunks = math.ceil(length / span)
     document = jnp.zeros((1,), jnp.int32) if inputs.document is None else inputs.document
 
     def shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -259,10 +260,10 @@ def prepare(inputs: Inputs) -> tuple[Prepared, jax.Array]:
 
     coefs, rates, steps = launch(
         coefficients, [dt, a, lam, omega, document], {"length": length},
-        [shape(heads, chunks, COEFFICIENTS, positions), shape(chunks * positions, 2 * S, dtype=jnp.bfloat16),
+        [shape(heads, chunks, COEFFICIENTS, span), shape(chunks * span, 2 * S, dtype=jnp.bfloat16),
          shape(heads, chunks, S, dtype=jnp.int32)],
         (chunks, math.ceil(heads / _HEADS), batch), _WARPS,
-        {"H": heads, "S": S, "T": positions, "HEADS": _HEADS, "ROWS": COEFFICIENTS, "PART": _PART,
+        {"H": heads, "S": S, "T": span, "HEADS": _HEADS, "ROWS": COEFFICIENTS, "PART": _PART,
          "HAS_DOC": inputs.document is not None},
     )  # fmt: skip
     starts, angle = launch(

@@ -1,19 +1,104 @@
 """Warpgroup matrix products (wgmma) instruction by instruction, for what Pallas' own cannot do.
 
-That one writes zeros to registers for what begins as 0, long before they are needed.
+That one writes zeros to registers for what begins as 0, long before they are needed. What is written by hand has a
+plain twin for the interpreter (`simulated`).
 """
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import llvm, nvvm, vector
 
 from .pieces import WG
 
 IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
+
+
+def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False) -> jax.Array:
+    """acc + a @ b; without acc, the product alone. It runs on by itself until `settle`.
+
+    Matrices in shared memory are tiles (`pieces.tile`), [64, 128] in blocks or half the columns of one ([4, 2, 2, 8,
+    64] and [4, 2, 8, 64], mimo_pieces.py), or a pair [2, h, w] on top of each other, which has no tiles of 64 columns.
+
+    Args:
+      acc: [64, n] float32, from `begin` or another product.
+      a: [64, k] bfloat16, an array or in shared memory; not to be changed before the product is done.
+      b: [k, n] bfloat16 in shared memory.
+      simulated: whether the interpreter runs this.
+      a_t: `a` is given transposed, in shared memory.
+      b_t: `b` is given transposed.
+    """
+    if simulated:
+        left, right = (v if isinstance(v, jax.Array) else _matrix(v) for v in (a, b))
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+        left, right = left.T if a_t else left, right.T if b_t else right
+        out = jnp.dot(left, right, precision=lax.Precision.HIGHEST)
+        return out if acc is None else acc + out
+    in_registers, kinds = isinstance(a, jax.Array), [len(v.shape) for v in (a, b)]
+    depth, n = _matrix_shape(b.shape)[::-1] if b_t else _matrix_shape(b.shape)
+    swizzle = _swizzle(b)
+    deep = swizzle // 2  # of a block of columns
+
+    def inline(ctx, a, b, *acc):
+        right = mma_utils.create_descriptor(
+            _tiles(b, kinds[1], b_t), swizzle=swizzle, group_size=(deep, n), logical_k_major=True, split_const=True
+        )
+        transposes = [right[2] != mma_utils.Dim.K]
+        if in_registers:
+            a = fragmented_array.optimization_barrier(a)
+        else:
+            left = mma_utils.create_descriptor(
+                _tiles(a, kinds[0], a_t), swizzle=swizzle, group_size=(64, deep), logical_k_major=False,
+                split_const=True,
+            )  # fmt: skip
+            transposes.insert(0, left[2] != mma_utils.Dim.K)
+        registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
+        nvvm.wgmma_fence_aligned()
+        for k in range(0, depth, 16):
+            part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, deep)
+            registers = issue(registers, part, descriptor(right, k, deep), n, transposes)
+        assembly("wgmma.commit_group.sync.aligned;")
+        return array_of(IN_FLIGHT, (64, n), np.array(registers))
+
+    types = (WG if in_registers else _type(a), _type(b)) + ((IN_FLIGHT,) if acc is not None else ())
+    out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
+    return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
+
+
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) == 2:
+        return shape
+    return (shape[0] * shape[1], shape[2]) if len(shape) == 3 else (64, 128 if len(shape) == 5 else 64)
+
+
+def _matrix(ref) -> jax.Array:
+    v = ref[...]
+    return (jnp.swapaxes(v, -3, -2) if v.ndim == 5 else v).reshape(_matrix_shape(v.shape))
+
+
+def _swizzle(ref) -> int:
+    return 128 if len(ref.shape) == 2 else min(128, 2 * ref.shape[-1])
+
+
+def _type(ref) -> plgpu.RefType:
+    tiled = (plgpu.TilingTransform((8, 64)),) if len(ref.shape) == 2 else ()
+    return plgpu.RefType((*tiled, plgpu.SwizzleTransform(_swizzle(ref))))
+
+
+def _tiles(memory: ir.Value, kind: int, transposed: bool) -> ir.Value:
+    """Shared memory as blocks of 8 rows, [rows / 8, columns / w, 8, w]; `kind`: axes of what it was given as."""
+    if kind > 2:
+        memory = mgpu.utils.memref_fold(memory, 0, 2)
+    if kind == 3:
+        memory = mgpu.utils.memref_unfold(memory, 0, (None, 8))
+    if kind in (3, 4):
+        memory = mgpu.utils.memref_unsqueeze(memory, 1)
+    return mgpu.utils.memref_transpose(memory, (1, 0, 3, 2)) if transposed else memory
 
 
 def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:

@@ -1,0 +1,88 @@
+"""Phases and rotation of a MIMO chunk, and how B, C and ω come to where these find them.
+
+Notation as in mimo_pieces.py.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .forward import Prepared
+from .mimo_pieces import POS, ROWS, join, load_pair, positions, positions_layout, split, spread, store_pair
+from .pieces import STEP_HIGH, STEP_LOW, S, cols, cos_sin, load_cols, widen
+from .wgmma import product, settle
+
+
+def rates_of_chunk(ranks: int, *shape: int) -> plgpu.SMEM:
+    """ω of a chunk in its two parts, [2, T, S]."""
+    transforms = (plgpu.SwizzleTransform(64),)
+    return plgpu.SMEM((*shape, 2, positions(ranks), S), jnp.bfloat16, transforms=transforms)
+
+
+def by_parts(prepared: Prepared) -> Prepared:
+    """The rates' parts apart: [b, l, 2, S]."""
+    rates = prepared.rates
+    return prepared._replace(rates=rates.reshape(*rates.shape[:2], 2, S))
+
+
+def get_rates(ref, index, chunk, to, barrier) -> None:
+    """ω of a chunk, a copy."""
+    span = to.shape[-2]
+    plgpu.copy_gmem_to_smem(ref.at[index, pl.ds(chunk * span, span)], to.transpose((1, 0, 2)), barrier)
+
+
+def in_rows(v: jax.Array, simulated: bool) -> jax.Array:
+    """B or C with the axes that copies need apart; the interpreter's copies transpose nothing."""
+    batch, length, ranks, groups, _ = v.shape
+    v = v.reshape(batch * length // 8, 8, ranks, 2 * groups, 64)
+    if simulated:
+        pairs = ranks // 2
+        v = v.reshape(batch * length * ranks // ROWS, 4 // pairs, 8, pairs, 2, groups, 2, 64)
+        v = v.transpose(0, 5, 3, 1, 4, 6, 2, 7)
+    return v
+
+
+def get_rows(ref, chunk, group, to, barrier, ranks: int, simulated: bool) -> None:
+    """B or C of a chunk, counted over the batch: a copy for each pair of ranks."""
+    pairs = ranks // 2
+    eights = 4 // pairs
+    for pair in range(pairs):
+        here = to.at[pl.ds(eights * pair, eights)]
+        if simulated:
+            plgpu.copy_gmem_to_smem(ref.at[chunk, group, pair], here, barrier)
+            continue
+        source = ref.at[pl.ds(eights * chunk, eights), :, pl.ds(2 * pair, 2), pl.ds(2 * group, 2)]
+        plgpu.copy_gmem_to_smem(source, here.transpose((0, 3, 1, 2, 4)), barrier)
+
+
+def turn(here, start, rates, row, column, ranks: int, simulated: bool, meanwhile=None) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [32, S] of phases, as `pieces.turn` finds them.
+
+    One product finds both parts: its rows hold the high and the low part of Δ, its depth those of ω. `meanwhile` is
+    called while the product runs.
+    """
+    causal, zero, layout = row >= column, jnp.bfloat16(0), positions_layout(ranks)
+    steps = [load_cols(here.at[k], layout).astype(jnp.bfloat16) for k in (STEP_HIGH, STEP_LOW)]
+    steps = [jnp.where(causal, lax.broadcast_in_dim(v, row.shape, (1,)), zero) for v in steps]
+    steps = [spread(v, simulated) for v in steps]
+    steps = join(*(jnp.concatenate([v, v], axis=1) for v in steps), simulated)
+    sums = product(None, steps, rates, simulated)
+    if meanwhile is not None:
+        meanwhile()
+    high, low = split(settle(sums, 0, simulated), simulated)
+    return cos_sin((high + low) + cols(load_cols(start, POS), high.shape[0]), simulated)
+
+
+def rotate(raw, out, bias: int, rest_bias: int, weight, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
+    """B or C of a chunk with bias, rotated; `weight`: of one rank of a pair and a kind, [32, 64]."""
+    turned = []
+    for k, v in enumerate(load_pair(raw, 0, simulated)):
+        v = widen(v + weight(k, bias), simulated, POS)
+        real, imag = v[:, :S], v[:, S:]
+        parts = [real * cos - imag * sin, real * sin + imag * cos]
+        turned.append(jnp.concatenate([part.astype(jnp.bfloat16) for part in parts], axis=1))
+    store_pair(out, 0, *turned, simulated)
+    rest = load_pair(raw, 1, simulated)
+    store_pair(out, 1, *(v + weight(k, rest_bias) for k, v in enumerate(rest)), simulated)
