@@ -1,7 +1,7 @@
 """The command line: a config file, `--config.a.b=value` overrides, a program's own flags, and errors in one line.
 
-Every program of m3jax is `main(argv) -> None` under `run_main`. Overrides are checked against the fields of
-`m3jax.config.Config` before anything else is built, on a config file's values and on those stored with a checkpoint.
+Every program of m3jax is `main(argv) -> None` under `run_main`. Overrides are checked against the fields of the
+program's config class before anything else is built, on a config file's values and on those stored with a checkpoint.
 """
 
 import argparse
@@ -37,9 +37,11 @@ Overrides = dict[str, Any]
 class Parser(argparse.ArgumentParser):
     """An argument parser that leaves `--config.*` to this module and raises ConfigError instead of exiting."""
 
-    def __init__(self, program: str, description: str):
+    def __init__(self, program: str, description: str, config: type = Config):
+        """Without flags of its own; `config` is the dataclass whose keys can be changed."""
+        self._config = config
         super().__init__(
-            prog=f"python -m {program}",
+            prog=f"python {program}" if program.endswith(".py") else f"python -m {program}",
             description=description,
             epilog="Any key of the config can be changed with --config.GROUP.KEY=VALUE.",
             allow_abbrev=False,
@@ -61,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
           ConfigError: an unknown flag or config key (with the nearest valid one), a missing or mistyped value.
         """
-        rest, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv))
+        rest, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv), self._config)
         arguments, unknown = self.parse_known_args(rest)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
@@ -71,12 +73,20 @@ class Parser(argparse.ArgumentParser):
         return arguments, overrides
 
 
-def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+def read_config(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    build: Callable[[dict[str, Any]], Any] = build_config,
+) -> Any:
     """Runs a config file's `get_config()`, applies overrides and checks the whole.
 
     Args:
       path: a Python file that defines get_config(), which returns a ConfigDict made by default_config().
       overrides: {"a.b": value}, as `Parser.parse` returns them.
+      build: checks the values and makes the program's config of them.
+
+    Returns:
+      What `build` returns, a `Config` by default.
 
     Raises:
       ConfigError: no such file, a file that fails, an unknown key, a value of the wrong type, sizes that do not fit.
@@ -96,7 +106,7 @@ def read_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise ConfigError(
             f"Config file {path}: get_config() returned a {type(values).__name__}, expected a ConfigDict."
         )
-    return build_config(override(values.to_dict(), dict(overrides or {})))
+    return build(override(values.to_dict(), dict(overrides or {})))
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -120,9 +130,9 @@ def _exit_with(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _take_overrides(argv: list[str]) -> tuple[list[str], Overrides]:
+def _take_overrides(argv: list[str], config: type) -> tuple[list[str], Overrides]:
     """Splits the `--config.a.b=value` and `--config.a.b value` out of argv."""
-    fields = _config_fields()
+    fields = _config_fields(config)
     rest, overrides = [], {}
     while argv:
         argument = argv.pop(0)
@@ -156,10 +166,10 @@ def _parse_value(key: str, text: str, allowed: tuple[type, ...]) -> Any:
         raise ConfigError(f"config.{key} = {text!r}: expected {_names(allowed)}.") from None
 
 
-def _config_fields() -> dict[str, tuple[type, ...]]:
+def _config_fields(config: type) -> dict[str, tuple[type, ...]]:
     """Returns {"a.b": allowed types} of every key of the config."""
     fields = {}
-    for group, cls in typing.get_type_hints(Config).items():
+    for group, cls in typing.get_type_hints(config).items():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             hint = hints[field.name]
@@ -173,7 +183,8 @@ def _nearest(key: str, fields: Mapping[str, Any]) -> str:
         return f" It is a group of keys: {', '.join(members)}."
     same_name = [field for field in fields if field.split(".")[1] == key.split(".")[-1]]
     near = same_name[:1] or difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-    return f" Did you mean config.{near[0]}?" if near else f" Groups: {', '.join(typing.get_type_hints(Config))}."
+    groups = dict.fromkeys(field.split(".")[0] for field in fields)
+    return f" Did you mean config.{near[0]}?" if near else f" Groups: {', '.join(groups)}."
 
 
 def _names(allowed: tuple[type, ...]) -> str:

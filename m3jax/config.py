@@ -10,6 +10,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,7 +206,7 @@ def build_config(values: ConfigDict | dict[str, Any]) -> Config:
     """
     if isinstance(values, ConfigDict):
         values = values.to_dict()
-    config = _build(Config, values, "config")
+    config = from_values(Config, values)
     _check_model(config.model)
     _check_rest(config)
     return config
@@ -220,14 +221,24 @@ def override(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
     return values
 
 
-def nearest_key_hint(key: str, valid: typing.Iterable[str]) -> str:
+def nearest_key_hint(key: str, valid: Iterable[str]) -> str:
     """Returns ' Did you mean ...?' for the valid key closest to `key`, or the list of valid keys."""
     valid = sorted(valid)
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Valid keys: {', '.join(valid)}."
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def from_values(cls: type, values: Any, path: str = "config") -> Any:
+    """Makes a dataclass of nested values.
+
+    Args:
+      cls: the dataclass; its fields may be dataclasses.
+      values: nested keys and values; keys that are left out take their defaults.
+      path: what the keys are under, for messages.
+
+    Raises:
+      ConfigError: an unknown key or a value of the wrong type.
+    """
     if not isinstance(values, dict):
         raise ConfigError(f"{path} = {values!r}: expected a group of keys.")
     hints = typing.get_type_hints(cls)
@@ -239,7 +250,7 @@ def _build(cls: type, values: Any, path: str) -> Any:
 
 def _convert(expected: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(expected):
-        return _build(expected, value, path)
+        return from_values(expected, value, path)
     allowed = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
     if float in allowed and type(value) is int:
         value = float(value)
@@ -251,7 +262,8 @@ def _convert(expected: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _require(condition: bool, key: str, value: Any, expected: str) -> None:
+def require(condition: bool, key: str, value: Any, expected: str) -> None:
+    """Raises ConfigError with the key, its value and what was expected, unless the condition holds."""
     if not condition:
         raise ConfigError(f"config.{key} = {value!r}: expected {expected}.")
 
@@ -259,77 +271,78 @@ def _require(condition: bool, key: str, value: Any, expected: str) -> None:
 def _check_model(m: ModelConfig) -> None:
     for name in ("vocab_size", "pad_vocab_multiple", "d_model", "n_layers", "expand", "headdim", "d_state", "ngroups",
                  "mimo_rank", "residuals_per_layer"):  # fmt: skip
-        _require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
+        require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
     for name in m.mixer_pattern:
-        _one_of("model.mixers", name, MIXERS)
-    _require(m.n_layers % len(m.mixer_pattern) == 0, "model.n_layers", m.n_layers,
-             f"a multiple of the {len(m.mixer_pattern)} layers of model.mixers")  # fmt: skip
-    _require(m.d_intermediate >= 0, "model.d_intermediate", m.d_intermediate, "a width, or 0 for no MLP")
-    _require(m.d_inner % m.headdim == 0, "model.headdim", m.headdim, f"a divisor of expand * d_model = {m.d_inner}")
-    _require(m.n_heads % m.ngroups == 0, "model.ngroups", m.ngroups, f"a divisor of the {m.n_heads} heads")
-    _require(m.rope_fraction in (0, 0.5, 1), "model.rope_fraction", m.rope_fraction, "0, 0.5 or 1")
-    _require(
+        one_of("model.mixers", name, MIXERS)
+    require(m.n_layers % len(m.mixer_pattern) == 0, "model.n_layers", m.n_layers,
+            f"a multiple of the {len(m.mixer_pattern)} layers of model.mixers")  # fmt: skip
+    require(m.d_intermediate >= 0, "model.d_intermediate", m.d_intermediate, "a width, or 0 for no MLP")
+    require(m.d_inner % m.headdim == 0, "model.headdim", m.headdim, f"a divisor of expand * d_model = {m.d_inner}")
+    require(m.n_heads % m.ngroups == 0, "model.ngroups", m.ngroups, f"a divisor of the {m.n_heads} heads")
+    require(m.rope_fraction in (0, 0.5, 1), "model.rope_fraction", m.rope_fraction, "0, 0.5 or 1")
+    require(
         m.rope_fraction == 0 or (m.d_state * m.rope_fraction) % 2 == 0,
         "model.d_state", m.d_state, f"a size of which rope_fraction = {m.rope_fraction} is an even number",
     )  # fmt: skip
-    _require(m.d_conv >= 2, "model.d_conv", m.d_conv, "at least 2")
+    require(m.d_conv >= 2, "model.d_conv", m.d_conv, "at least 2")
     for name in ("gdn_heads", "gdn_headdim", "gdn_expand_v", "attention_heads", "attention_headdim"):
-        _require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
+        require(getattr(m, name) >= 1, f"model.{name}", getattr(m, name), "at least 1")
     kv = m.attention_kv_heads
-    _require(kv is None or (kv >= 1 and m.attention_heads % kv == 0), "model.attention_kv_heads", kv,
-             f"None or a divisor of the {m.attention_heads} heads of queries")  # fmt: skip
-    _require(m.rope_theta >= 0, "model.rope_theta", m.rope_theta, "a positive base, or 0 for no positions")
-    _require(m.rope_theta == 0 or m.attention_headdim % 2 == 0, "model.attention_headdim", m.attention_headdim,
-             "an even width, whose halves rope_theta turns")  # fmt: skip
-    _one_of("model.rotation", m.rotation, ("data", "standard"))
-    _require(m.fixed_lambda is None or 0 < m.fixed_lambda <= 1, "model.fixed_lambda", m.fixed_lambda,
-             "None or a number in (0, 1]")  # fmt: skip
-    _one_of("model.a_activation", m.a_activation, ("heavy_tail", "softplus"))
-    _require(m.a_floor >= 0, "model.a_floor", m.a_floor, "at least 0")
-    _require(0 < m.dt_min <= m.dt_max, "model.dt_min", m.dt_min, f"a number in (0, dt_max = {m.dt_max}]")
+    require(kv is None or (kv >= 1 and m.attention_heads % kv == 0), "model.attention_kv_heads", kv,
+            f"None or a divisor of the {m.attention_heads} heads of queries")  # fmt: skip
+    require(m.rope_theta >= 0, "model.rope_theta", m.rope_theta, "a positive base, or 0 for no positions")
+    require(m.rope_theta == 0 or m.attention_headdim % 2 == 0, "model.attention_headdim", m.attention_headdim,
+            "an even width, whose halves rope_theta turns")  # fmt: skip
+    one_of("model.rotation", m.rotation, ("data", "standard"))
+    require(m.fixed_lambda is None or 0 < m.fixed_lambda <= 1, "model.fixed_lambda", m.fixed_lambda,
+            "None or a number in (0, 1]")  # fmt: skip
+    one_of("model.a_activation", m.a_activation, ("heavy_tail", "softplus"))
+    require(m.a_floor >= 0, "model.a_floor", m.a_floor, "at least 0")
+    require(0 < m.dt_min <= m.dt_max, "model.dt_min", m.dt_min, f"a number in (0, dt_max = {m.dt_max}]")
     for name in ("dtype", "param_dtype", "state_dtype"):
-        _one_of(f"model.{name}", getattr(m, name), _DTYPES)
-    _require(m.chunk_size is None or m.chunk_size >= 1, "model.chunk_size", m.chunk_size, "None or at least 1")
+        one_of(f"model.{name}", getattr(m, name), _DTYPES)
+    require(m.chunk_size is None or m.chunk_size >= 1, "model.chunk_size", m.chunk_size, "None or at least 1")
     if m.scan_implementation is not None:
-        _one_of("model.scan_implementation", m.scan_implementation, _IMPLEMENTATIONS)
-    _one_of("model.remat", m.remat, ("none", "dots", "full"))
+        one_of("model.scan_implementation", m.scan_implementation, _IMPLEMENTATIONS)
+    one_of("model.remat", m.remat, ("none", "dots", "full"))
 
 
 def _check_rest(config: Config) -> None:
     data, opt, train, ckpt, mesh = config.data, config.optimizer, config.train, config.checkpoint, config.mesh
-    _require(0 <= data.holdout < 1, "data.holdout", data.holdout, "a share in [0, 1)")
-    _require(0 <= data.seed < 2**31, "data.seed", data.seed, "an integer in [0, 2**31)")
+    require(0 <= data.holdout < 1, "data.holdout", data.holdout, "a share in [0, 1)")
+    require(0 <= data.seed < 2**31, "data.seed", data.seed, "an integer in [0, 2**31)")
     for name in ("sequence_length", "batch_size"):
-        _require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "at least 1")
-    _require(opt.learning_rate > 0, "optimizer.learning_rate", opt.learning_rate, "a positive number")
-    _one_of("optimizer.schedule", opt.schedule, ("cosine", "wsd", "constant"))
-    _require(0 <= opt.warmup_fraction <= 1, "optimizer.warmup_fraction", opt.warmup_fraction, "a share in [0, 1]")
+        require(getattr(data, name) >= 1, f"data.{name}", getattr(data, name), "at least 1")
+    require(opt.learning_rate > 0, "optimizer.learning_rate", opt.learning_rate, "a positive number")
+    one_of("optimizer.schedule", opt.schedule, ("cosine", "wsd", "constant"))
+    require(0 <= opt.warmup_fraction <= 1, "optimizer.warmup_fraction", opt.warmup_fraction, "a share in [0, 1]")
     longest = 1 - opt.warmup_fraction if opt.schedule == "wsd" else 1
-    _require(0 < opt.decay_fraction <= longest, "optimizer.decay_fraction", opt.decay_fraction,
-             f"a share in (0, {longest}], what the warm-up leaves")  # fmt: skip
+    require(0 < opt.decay_fraction <= longest, "optimizer.decay_fraction", opt.decay_fraction,
+            f"a share in (0, {longest}], what the warm-up leaves")  # fmt: skip
     for name in ("beta1", "beta2"):
-        _require(0 <= getattr(opt, name) < 1, f"optimizer.{name}", getattr(opt, name), "a number in [0, 1)")
+        require(0 <= getattr(opt, name) < 1, f"optimizer.{name}", getattr(opt, name), "a number in [0, 1)")
     for name in ("final_learning_rate", "weight_decay"):
-        _require(getattr(opt, name) >= 0, f"optimizer.{name}", getattr(opt, name), "at least 0")
-    _require(opt.clip_norm > 0, "optimizer.clip_norm", opt.clip_norm, "a positive number")
+        require(getattr(opt, name) >= 0, f"optimizer.{name}", getattr(opt, name), "at least 0")
+    require(opt.clip_norm > 0, "optimizer.clip_norm", opt.clip_norm, "a positive number")
     for name in ("steps", "grad_accumulation", "loss_chunk", "log_every"):
-        _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "at least 1")
+        require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "at least 1")
     for name in ("eval_every", "eval_batches"):
-        _require(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "at least 0")
-    _require(train.stop_at is None or 1 <= train.stop_at <= train.steps, "train.stop_at", train.stop_at,
-             f"None or a step in [1, train.steps = {train.steps}]")  # fmt: skip
-    _require(data.batch_size % train.grad_accumulation == 0, "train.grad_accumulation", train.grad_accumulation,
-             f"a divisor of data.batch_size = {data.batch_size}")  # fmt: skip
-    _require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "a number in [0, 1)")
-    _one_of("train.nonfinite", train.nonfinite, ("stop", "skip", "rollback"))
-    _require(ckpt.every >= 1, "checkpoint.every", ckpt.every, "at least 1")
-    _require(ckpt.keep >= 1, "checkpoint.keep", ckpt.keep, "at least 1")
-    _require(ckpt.keep_every >= 0, "checkpoint.keep_every", ckpt.keep_every, "at least 0")
-    _require(mesh.fsdp >= 1, "mesh.fsdp", mesh.fsdp, "at least 1")
-    _require(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "-1 or at least 1")
+        require(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "at least 0")
+    require(train.stop_at is None or 1 <= train.stop_at <= train.steps, "train.stop_at", train.stop_at,
+            f"None or a step in [1, train.steps = {train.steps}]")  # fmt: skip
+    require(data.batch_size % train.grad_accumulation == 0, "train.grad_accumulation", train.grad_accumulation,
+            f"a divisor of data.batch_size = {data.batch_size}")  # fmt: skip
+    require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "a number in [0, 1)")
+    one_of("train.nonfinite", train.nonfinite, ("stop", "skip", "rollback"))
+    require(ckpt.every >= 1, "checkpoint.every", ckpt.every, "at least 1")
+    require(ckpt.keep >= 1, "checkpoint.keep", ckpt.keep, "at least 1")
+    require(ckpt.keep_every >= 0, "checkpoint.keep_every", ckpt.keep_every, "at least 0")
+    require(mesh.fsdp >= 1, "mesh.fsdp", mesh.fsdp, "at least 1")
+    require(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "-1 or at least 1")
 
 
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ConfigError with the choices and the nearest of them, unless the value is one."""
     if value not in choices:
         hint = difflib.get_close_matches(value, choices, n=1)
         nearest = f" Did you mean {hint[0]!r}?" if hint else ""

@@ -127,8 +127,7 @@ def measure(config: Config) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command with the arguments after the program's name; None = those of this process."""
-    parser = Parser("experiments.bits_per_byte.baselines", "Bits per byte of held-out text without a model.")
-    parser.prog = "python experiments/bits_per_byte/baselines.py"
+    parser = Parser("experiments/bits_per_byte/baselines.py", "Bits per byte of held-out text without a model.")
     parser.add_argument("--config", type=Path, help="a config file; default: the bundled text")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments, overrides = parser.parse(argv)
