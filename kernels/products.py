@@ -14,9 +14,12 @@ def operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def matmul(spec: str, left: jax.Array, right: jax.Array, operand: jnp.dtype) -> jax.Array:
-    """An einsum of two arrays of one dtype, in which the result and the sums are too; operands are rounded first."""
+    """An einsum of two arrays of one dtype, in which the result and the sums are too; operands are rounded first.
+
+    Operands of that same dtype are multiplied exactly, unless the caller has chosen a jax.default_matmul_precision.
+    """
     if operand == left.dtype:
-        return jnp.einsum(spec, left, right, precision=_EXACT)
+        return jnp.einsum(spec, left, right, precision=None if jax.config.jax_default_matmul_precision else _EXACT)
     return _matmul(spec, operand, left, right)
 
 

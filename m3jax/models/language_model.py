@@ -11,6 +11,7 @@ from m3jax.models.block import Block, Period
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.norm import RMSNorm
 
+_FEW_ROWS = 32
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -96,4 +97,11 @@ class LanguageModel(nn.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         residual = jnp.promote_types(self.config.dtype, jnp.float32)
-        return self.embedding[tokens].astype(residual)
+        rows = self.embedding.shape[0]
+        if rows > _FEW_ROWS:
+            return self.embedding[tokens].astype(residual)
+        # The gradient is then a product too, not a scatter whose additions wait for each other at the few rows.
+        one_hot = jax.nn.one_hot(tokens, rows, dtype=residual)
+        return jnp.einsum(
+            "...v,vd->...d", one_hot, self.embedding.astype(residual), precision=jax.lax.Precision.HIGHEST
+        )

@@ -128,3 +128,20 @@ def test_variants_step_like_they_scan(change):
     for t in range(12, 14):
         stepped, state = apply({"params": params}, TOKENS[:, t], state, method="step")
         tolerances.assert_close(stepped, logits[:, t], tolerances.rounding("float32", TINY.d_inner), f"token {t}")
+
+
+@pytest.mark.parametrize("rows", [24, 40])  # a product with one-hot rows, and a lookup
+def test_embedding_and_its_gradient(rows):
+    model = LanguageModel(dataclasses.replace(TINY, vocab_size=rows))
+    table = jax.random.normal(jax.random.key(0), (rows, TINY.d_model))
+    tokens = jax.random.randint(jax.random.key(1), (3, 50), 0, rows)
+    weights = jax.random.normal(jax.random.key(2), (3, 50, TINY.d_model))
+
+    def embed(table):
+        return model.apply({"params": {"embedding": table}}, tokens, method="_embed")
+
+    assert (embed(table) == table[tokens]).all()
+    gradient = jax.grad(lambda table: jnp.sum(embed(table) * weights))(table)
+    expected = np.zeros_like(table)
+    np.add.at(expected, np.asarray(tokens), np.asarray(weights))
+    tolerances.assert_close(gradient, expected, tolerances.rounding(jnp.float32, tokens.size), "embedding")
