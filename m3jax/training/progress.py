@@ -16,18 +16,17 @@ PyTree = Any
 _SECONDS_BETWEEN_LINES = 0.1  # on a terminal, which is slower than a small model
 
 
-class Progress:
-    """The output of a run. On a terminal the line of numbers stays in place and is renewed as steps end.
+class LiveLine:
+    """The output of a program that runs for long. On a terminal its last line stays in place and is renewed.
 
     Only the first process shows anything.
     """
 
-    def __init__(self, last_step: int):
+    def __init__(self):
         self._console = Console(highlight=False, soft_wrap=True, markup=False, quiet=jax.process_index() != 0)
         self._live = None
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-        self._last_step = last_step
         self._shown = -math.inf
 
     def __enter__(self) -> Self:
@@ -43,6 +42,30 @@ class Progress:
         """Shows lines that stay."""
         self._console.print(text)
 
+    def show(self, line: str, *, last: bool, logged: bool) -> None:
+        """Renews the line.
+
+        Args:
+          line: its text.
+          last: whether no other follows soon; those that follow too fast are left out.
+          logged: whether this line is one for a log too.
+        """
+        if self._live is not None:
+            now = time.monotonic()
+            due = now - self._shown >= _SECONDS_BETWEEN_LINES or last
+            self._shown = now if due else self._shown
+            self._live.update(Text(line), refresh=due)
+        elif logged:
+            self._console.print(line)
+
+
+class Progress(LiveLine):
+    """The output of a training run: its line says where the run is."""
+
+    def __init__(self, last_step: int):
+        super().__init__()
+        self._last_step = last_step
+
     def step(
         self, step: int, numbers: dict[str, float], memory: int, seconds_per_step: float | None, logged: bool
     ) -> None:
@@ -57,13 +80,7 @@ class Progress:
         """
         left = None if seconds_per_step is None else (self._last_step - step) * seconds_per_step
         line = format_line(step, self._last_step, numbers, memory, left)
-        if self._live is not None:
-            now = time.monotonic()
-            due = now - self._shown >= _SECONDS_BETWEEN_LINES or step == self._last_step
-            self._shown = now if due else self._shown
-            self._live.update(Text(line), refresh=due)
-        elif logged:
-            self._console.print(line)
+        self.show(line, last=step == self._last_step, logged=logged)
 
 
 def format_line(step: int, last_step: int, numbers: dict[str, float], memory: int, seconds_left: float | None) -> str:

@@ -79,7 +79,8 @@ def mqar(name: str, pairs: int, *, vocab_size: int = 8192, random_blanks: bool =
       The task.
     """
     generate = partial(_generate, pairs=pairs, vocab_size=vocab_size, random_blanks=random_blanks)
-    return Task(name, vocab_size, 1 / (vocab_size - vocab_size // 2), 4 * pairs, lambda n: n, generate)
+    chance = 1 / (vocab_size - vocab_size // 2)
+    return Task(name, vocab_size, chance, 4 * pairs, lambda n: n, generate, answers=lambda n: pairs)
 
 
 _PAIRS = (4, 8, 16, 32, 64, 128, 256)

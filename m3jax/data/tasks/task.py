@@ -44,6 +44,7 @@ class Task:
       shortest: the least length that can be asked for.
       positions: number of input positions that a sequence of a given length takes.
       generate: (key, batch_size, shortest, longest, width) -> TaskBatch; call `sample` instead.
+      answers: the most supervised positions that a sequence of a given length has.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     shortest: int
     positions: Callable[[int], int]
     generate: Callable[[jax.Array, int, Length, Length, int], TaskBatch]
+    answers: Callable[[int], int] = lambda n: 1
 
     def sample(self, key: jax.Array, batch_size: int, shortest: Length, longest: Length, width: int) -> TaskBatch:
         """Draws a batch.

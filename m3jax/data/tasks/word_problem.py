@@ -74,7 +74,9 @@ def word_problem(name: str, table: np.ndarray) -> Task:
       The task.
     """
     generate = partial(_generate, table=table)
-    return Task(name, len(table) + _SPECIAL_TOKENS, 1 / len(table), 1, lambda k: k + 1, generate)
+    return Task(
+        name, len(table) + _SPECIAL_TOKENS, 1 / len(table), 1, lambda k: k + 1, generate, answers=lambda k: k + 1
+    )
 
 
 WORD_PROBLEMS = (

@@ -1,0 +1,1 @@
+"""Studies of small models on synthetic tasks: all learning rates and seeds of a model train at once, in one program."""

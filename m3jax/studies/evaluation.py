@@ -1,0 +1,49 @@
+"""Accuracy of trained runs by length: all runs of a group answer the same sequences, which none of them trained on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax.studies.config import Span, StudyConfig
+from m3jax.studies.grid import Group
+from m3jax.studies.questions import TEST, VALIDATION, Questions, draw_questions, stream
+from m3jax.studies.runs import PyTree, count_correct
+
+_SEED = 2**31 - 1  # no run's
+_SETS = {"validation": VALIDATION, "test": TEST}
+
+Accuracies = dict[str, dict[str, list[float]]]
+
+
+def evaluate_group(study: StudyConfig, group: Group, params: PyTree) -> Accuracies:
+    """Measures every run of a group.
+
+    Args:
+      study: evaluation says where, train how much fits the device at once.
+      group: the runs.
+      params: their parameters, [r, ...].
+
+    Returns:
+      {"validation" | "test": {label of the lengths: accuracy of every run}}; a set depends on task and lengths alone.
+    """
+    return {name: {span.label: _accuracies(study, group, params, purpose, span) for span in study.evaluation.spans}
+            for name, purpose in _SETS.items()}  # fmt: skip
+
+
+def _accuracies(study: StudyConfig, group: Group, params: PyTree, purpose: int, span: Span) -> list[float]:
+    train, n = study.train, study.evaluation.sequences
+    width = group.width(span.longest, train.bos)
+    # As many positions at once as in a training step, which needs more memory.
+    fitting = max(1, train.batch_size * group.width(train.arrays[-1], train.bos) // width)
+    batch = next(size for size in range(min(n, fitting), 0, -1) if n % size == 0)
+    questions = _draw(group, purpose, span, n, width, train.bos)
+    batches = jax.tree.map(lambda v: v.reshape(n // batch, batch, *v.shape[1:]), questions)
+    right, answers = count_correct(group.model, params, batches)
+    return (np.asarray(right) / float(answers)).tolist()
+
+
+def _draw(group: Group, purpose: int, span: Span, n: int, width: int, bos: bool) -> Questions:
+    shortest, longest = group.span(*span)
+    key = jax.random.fold_in(stream(_SEED, purpose), jnp.uint32(span.shortest * 2**16 + span.longest))
+    answers = group.task.answers(longest)
+    return draw_questions(key, group.task, n, shortest, longest, width, answers, bos)

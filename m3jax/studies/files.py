@@ -1,0 +1,128 @@
+"""What a study keeps in its directory: a group's training as it goes on, its results when it is finished.
+
+    groups/NAME.npz    parameters, optimizer state and learning curves after the block that was saved last
+    groups/NAME.json   the results of a finished group
+    results.json       those of all groups, results.md and *.png what they say (report.py)
+
+Every file is written under another name and renamed, so that it is whole or not there. Files of a group say what they
+are of; a study whose config asks for something else is refused, but for the evaluation, which is then done again.
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from m3jax.errors import CheckpointError
+from m3jax.studies.config import StudyConfig
+from m3jax.studies.grid import Group
+from m3jax.studies.runs import RunsState
+
+
+@dataclass
+class Training:
+    """A group's training so far.
+
+    Attributes:
+      state: of its runs.
+      step: steps taken.
+      curves: of every block: "step", its last one; "seconds", compilation included; and the fields of BlockMetrics, a
+        list with an entry for every run.
+    """
+
+    state: RunsState
+    step: int = 0
+    curves: dict[str, list] = field(default_factory=lambda: {"step": [], "seconds": []})
+
+
+class GroupFiles:
+    """Reads and writes the files of one group."""
+
+    def __init__(self, workdir: Path, study: StudyConfig, group: Group):
+        folder = workdir / "groups"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._training, self._results = folder / f"{group.name}.npz", folder / f"{group.name}.json"
+        self._trained_as = _plain({
+            "model": dataclasses.asdict(group.model), "optimizer": dataclasses.asdict(study.optimizer),
+            "train": {k: v for k, v in dataclasses.asdict(study.train).items() if k != "save_seconds"},
+            "grid": {"task": group.task.name, "shift": group.shift, "runs": group.runs},
+        })  # fmt: skip
+        self._evaluated_as = _plain(dataclasses.asdict(study.evaluation))
+
+    def save_training(self, training: Training) -> None:
+        """Saves a training, over the one before."""
+        arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(training.state))}
+        progress = {"step": training.step, "curves": training.curves}
+        header = json.dumps({"of": self._trained_as, "training": progress})
+        partial = self._training.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, header=np.array(header), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._training)
+
+    def load_training(self, shapes: RunsState) -> Training | None:
+        """Reads what was saved; None = nothing was.
+
+        Args:
+          shapes: a state of the same structure, arrays or shapes.
+
+        Raises:
+          CheckpointError: it is of another study, or damaged.
+        """
+        if not self._training.exists():
+            return None
+        try:
+            with self._training.open("rb") as file:
+                arrays = dict(np.load(file, allow_pickle=False))
+            header = json.loads(str(arrays.pop("header")))
+            leaves = [arrays[str(i)] for i in range(len(arrays))]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{self._training} cannot be read: {error}. Remove it to train anew.") from error
+        _check_same(header["of"], self._trained_as, self._training)
+        return Training(jax.tree.unflatten(jax.tree.structure(shapes), leaves), **header["training"])
+
+    def save_results(self, results: dict[str, Any]) -> None:
+        """Saves the results of a finished group."""
+        header = {"of": self._trained_as, "evaluation": self._evaluated_as}
+        write_text(self._results, json.dumps(header | {"results": results}, indent=1) + "\n")
+
+    def load_results(self) -> dict[str, Any] | None:
+        """Reads the results; None = not finished, or evaluated otherwise.
+
+        Raises:
+          CheckpointError: they are of another study.
+        """
+        if not self._results.exists():
+            return None
+        content = json.loads(self._results.read_text())
+        _check_same(content["of"], self._trained_as, self._results)
+        return content["results"] if content["evaluation"] == self._evaluated_as else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is whole or as it was before."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As they are when read from JSON."""
+    return json.loads(json.dumps(values))
+
+
+def _check_same(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    for group, keys in now.items():
+        for key, value in keys.items():
+            if (old := stored[group].get(key)) != value:
+                raise CheckpointError(
+                    f"{path} was trained with {group}.{key} = {old!r}, this study has {value!r}: set it back, or "
+                    "choose another --workdir."
+                )

@@ -1,0 +1,80 @@
+"""The groups of a study: the runs that train together because their arrays have the same shapes."""
+
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from m3jax.config import ModelConfig, one_of
+from m3jax.data.tasks import Task, get_task
+from m3jax.studies.config import Span, StudyConfig
+from m3jax.studies.models import model_config
+
+
+class Run(NamedTuple):
+    """What a group's runs differ in."""
+
+    learning_rate: float  # the peak
+    seed: int  # of initialisation and data
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model on one task.
+
+    Attributes:
+      task: what is learned.
+      model_name: its key in MODELS.
+      model: its config. Vocabularies are rounded up as the embedding is, so that tasks can share compiled programs.
+      runs: every learning rate with every seed.
+      shift: what is added to all lengths of the study.
+    """
+
+    task: Task
+    model_name: str
+    model: ModelConfig
+    runs: tuple[Run, ...]
+    shift: int
+
+    @property
+    def name(self) -> str:
+        """Names files: task, model and width."""
+        return f"{self.task.name}-{self.model_name}-{self.model.d_model}"
+
+    def span(self, shortest: int, longest: int) -> Span:
+        """Lengths of the study in the task's own count."""
+        return Span(shortest + self.shift, longest + self.shift)
+
+    def width(self, longest: int, bos: bool) -> int:
+        """Positions of arrays for sequences of at most `longest`, in the study's count."""
+        return self.task.positions(longest + self.shift) + bos
+
+
+def make_groups(
+    study: StudyConfig, tasks: Collection[str] | None = None, models: Collection[str] | None = None
+) -> list[Group]:
+    """Lists the groups of a study, or those of some of its tasks and models; the small ones of a task come first.
+
+    Raises:
+      ConfigError: a task or model that the study does not have, or sizes that do not fit.
+    """
+    grid = study.grid
+    for chosen, key, known in (
+        (tasks, "grid.tasks", dict(grid.task_layers)),
+        (models, "grid.models", grid.model_names),
+    ):
+        for name in chosen or ():
+            one_of(key, name, tuple(known))
+    runs = tuple(Run(rate, seed) for rate in grid.rates for seed in range(grid.seeds))
+    groups = []
+    for (task_name, layers), d_model, model_name in itertools.product(
+        grid.task_layers, grid.d_models, grid.model_names
+    ):
+        if (tasks and task_name not in tasks) or (models and model_name not in models):
+            continue
+        task = get_task(task_name)
+        tokens = task.vocab_size + study.train.bos
+        vocab_size = -(-tokens // study.model.pad_vocab_multiple) * study.model.pad_vocab_multiple
+        model = model_config(model_name, study.model, d_model, layers, vocab_size)
+        groups.append(Group(task, model_name, model, runs, grid.shift(task_name)))
+    return groups

@@ -1,0 +1,42 @@
+"""The models that studies compare, by name: what each changes in the `ModelConfig` that all have in common."""
+
+import dataclasses
+
+from m3jax.config import ModelConfig, build_config
+
+MODELS: dict[str, dict[str, object]] = {
+    "mamba3_siso": {"mixers": "mamba3"},
+    "mamba3_mimo": {"mixers": "mamba3", "mimo_rank": 4},
+    "mamba3_standard_rope": {"mixers": "mamba3", "rotation": "standard"},  # angles depend on the position alone
+    "mamba3_no_rope": {"mixers": "mamba3", "rope_fraction": 0.0},
+    "mamba2": {"mixers": "mamba2"},
+    "gdn": {"mixers": "gated_deltanet"},
+    "gdn_negative": {"mixers": "gated_deltanet", "gdn_negative_eigenvalues": True},
+    "transformer": {"mixers": "attention"},
+}
+
+
+def model_config(name: str, shared: ModelConfig, d_model: int, n_layers: int, vocab_size: int) -> ModelConfig:
+    """Makes a model of a study.
+
+    All have heads of the same number and width, shared.headdim; a head's state is shared.headdim x shared.d_state,
+    in the gated delta rule too.
+
+    Args:
+      name: a key of MODELS.
+      shared: what all models have in common.
+      d_model: the width.
+      n_layers: number of layers.
+      vocab_size: number of tokens.
+
+    Raises:
+      ConfigError: sizes that do not fit, or a key that ModelConfig does not have.
+    """
+    own = MODELS[name]
+    heads = shared.expand * d_model // shared.headdim
+    sizes = {"d_model": d_model, "n_layers": n_layers, "vocab_size": vocab_size}
+    if own["mixers"] == "attention":
+        sizes |= {"attention_heads": heads, "attention_headdim": shared.headdim}
+    elif own["mixers"] == "gated_deltanet":
+        sizes |= {"gdn_heads": heads, "gdn_headdim": shared.d_state, "gdn_expand_v": shared.headdim // shared.d_state}
+    return build_config({"model": dataclasses.asdict(shared) | sizes | own}).model

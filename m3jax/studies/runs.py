@@ -1,0 +1,153 @@
+"""Many runs of one model in one program: parameters, optimizer state and learning rates have runs as their first axis.
+
+Every run computes what it would alone; a run that meets a value that is not finite keeps its parameters in that step.
+
+Letters: r runs, s seeds, n steps of a block, b sequences, w positions, k supervised positions.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m3jax.config import ModelConfig, OptimizerConfig
+from m3jax.models.language_model import LanguageModel
+from m3jax.studies.questions import INITIALISATION, Questions, stream
+from m3jax.training.optimizer import make_optimizer
+from m3jax.training.schedule import make_schedule
+
+PyTree = Any
+_CHUNK_ROWS = 40  # of a scan's chunk: what costs least at state and head widths of 64 (docs/state_tracking.md)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all runs of a compiled program share."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig  # without its learning rate
+    steps: int  # of the whole schedule
+
+
+class RunsState(NamedTuple):
+    """What training changes; every array [r, ...]."""
+
+    params: PyTree
+    optimizer: PyTree
+
+
+class BlockMetrics(NamedTuple):
+    """Means over the steps of a block; float32 [r]."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    skipped: jax.Array  # share of the steps
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_runs(recipe: Recipe, seeds: jax.Array) -> RunsState:
+    """Initialises runs from their seeds, int32 [r]."""
+    model = LanguageModel(recipe.model)
+    optimizer = make_optimizer(recipe.optimizer)
+
+    def init(seed: jax.Array) -> RunsState:
+        params = model.init(stream(seed, INITIALISATION), jnp.zeros((1, 2), jnp.int32))["params"]
+        return RunsState(params, optimizer.init(params))
+
+    return jax.vmap(init)(seeds)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_block(
+    recipe: Recipe,
+    state: RunsState,
+    learning_rates: jax.Array,
+    data_of_run: jax.Array,
+    first_step: jax.Array,
+    questions: Questions,
+) -> tuple[RunsState, BlockMetrics]:
+    """Takes a step of all runs for every batch.
+
+    Args:
+      recipe: what the runs share.
+      state: before the block; donated.
+      learning_rates: their peaks, float32 [r].
+      data_of_run: int32 [r], which of the s batches of a step a run sees.
+      first_step: [] int32, steps taken before.
+      questions: [n, s, b, ...].
+
+    Returns:
+      The state after the block, and means over its steps.
+    """
+    one_run = jax.vmap(functools.partial(_step, recipe), in_axes=(0, 0, 0, None))
+
+    def step(state: RunsState, inputs: tuple[jax.Array, Questions]) -> tuple[RunsState, BlockMetrics]:
+        number, batches = inputs
+        return one_run(state, learning_rates, jax.tree.map(lambda v: v[data_of_run], batches), number)
+
+    numbers = first_step + 1 + jnp.arange(questions.tokens.shape[0])
+    state, metrics = jax.lax.scan(step, state, (numbers, questions))
+    return state, jax.tree.map(lambda v: v.mean(axis=0), metrics)
+
+
+def _step(
+    recipe: Recipe, state: RunsState, learning_rate: jax.Array, batch: Questions, number: jax.Array
+) -> tuple[RunsState, BlockMetrics]:
+    """One step of one run."""
+
+    def loss_and_accuracy(params: PyTree) -> tuple[jax.Array, jax.Array]:
+        logits = _answers(recipe.model, params, batch)
+        weights = batch.real / jnp.sum(batch.real)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+        return jnp.sum(weights * nll), jnp.sum(weights * (jnp.argmax(logits, axis=-1) == batch.targets))
+
+    (loss, accuracy), grads = jax.value_and_grad(loss_and_accuracy, has_aux=True)(state.params)
+    updates, moments = make_optimizer(recipe.optimizer).update(grads, state.optimizer, state.params)
+    peak = dataclasses.replace(recipe.optimizer, learning_rate=learning_rate)
+    rate = make_schedule(peak, recipe.steps)(number)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    state = jax.tree.map(functools.partial(jnp.where, finite), RunsState(params, moments), state)
+    return state, BlockMetrics(loss, accuracy, 1.0 - finite)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def count_correct(model: ModelConfig, params: PyTree, questions: Questions) -> tuple[jax.Array, jax.Array]:
+    """Counts right answers of every run on the same sequences.
+
+    Args:
+      model: of the runs.
+      params: [r, ...].
+      questions: [n, b, ...], n batches one after another.
+
+    Returns:
+      float32 [r], right answers, and [], all answers.
+    """
+
+    def batch_of_run(params: PyTree, batch: Questions) -> jax.Array:
+        right = jnp.argmax(_answers(model, params, batch), axis=-1) == batch.targets
+        return jnp.sum(right & batch.real, dtype=jnp.float32)
+
+    over_runs = jax.vmap(batch_of_run, in_axes=(0, None))
+    counts = jax.lax.map(lambda batch: over_runs(params, batch), questions)
+    return counts.sum(axis=0), jnp.sum(questions.real, dtype=jnp.float32)
+
+
+def _answers(model: ModelConfig, params: PyTree, batch: Questions) -> jax.Array:
+    """Logits [b, k, V] at the supervised positions."""
+    module = LanguageModel(_with_chunks(model, batch.tokens.shape[-1]))
+    hidden = module.apply({"params": params}, batch.tokens, method="hidden")
+    asked = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
+    return module.apply({"params": params}, asked, method="logits")
+
+
+def _with_chunks(model: ModelConfig, width: int) -> ModelConfig:
+    """Chunks of equal size that fill the width, unless the config has a size of its own or kernels choose theirs."""
+    if model.chunk_size is not None or model.scan_implementation != "xla":
+        return model
+    positions = max(1, _CHUNK_ROWS // (model.mimo_rank if model.mixers == "mamba3" else 1))
+    return dataclasses.replace(model, chunk_size=-(-width // -(-width // positions)))

@@ -1,0 +1,39 @@
+"""Batches: where answers are due, the token before, lengths of a curriculum, independence of seeds and steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m3jax.data.tasks import get_task
+from m3jax.studies.questions import draw_block, draw_questions
+
+
+def test_answers_are_where_the_task_wants_them():
+    for name, bos in (("parity", True), ("s3", False)):
+        task = get_task(name)
+        width = task.positions(9)
+        batch = task.sample(jax.random.key(0), 16, 3, 9, width)
+        asked = draw_questions(jax.random.key(0), task, 16, 3, 9, width + bos, task.answers(9), bos)
+        assert (asked.tokens[:, bos:] == batch.tokens).all()
+        assert not bos or (asked.tokens[:, 0] == task.vocab_size).all()
+        assert (asked.real.sum(axis=1) == batch.mask.sum(axis=1)).all()
+        found = np.zeros_like(batch.targets)
+        rows = np.broadcast_to(np.arange(16)[:, None], asked.positions.shape)
+        found[rows, asked.positions - bos] = np.where(asked.real, asked.targets, 0)
+        assert (found == np.where(batch.mask, batch.targets, 0)).all()
+
+
+def test_block_follows_the_curriculum_and_its_steps():
+    task = get_task("parity")
+    options = {"task": task, "batch_size": 64, "shortest": 3, "width": 11, "answers": 1, "bos": False}
+    longest = jnp.array([4, 4, 12, 6])
+    seeds = jnp.array([5, 7])
+    block = draw_block(seeds, jnp.int32(10), longest, **options)
+    assert block.tokens.shape == (4, 2, 64, 11) and block.targets.shape == (4, 2, 64, 1)
+    lengths = np.asarray((block.tokens > 0).sum(axis=-1)) + 1
+    assert (lengths.max(axis=(1, 2)) == longest).all() and (lengths.min(axis=(1, 2)) == 3).all()
+    # A step's draw depends on its number and seed, not on the block or the other seeds.
+    alone = draw_block(seeds[1:], jnp.int32(12), longest[2:], **options)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b[2:, 1:]).all()), alone, block))
+    assert not (block.tokens[0, 0] == block.tokens[1, 0]).all()
+    assert not (block.tokens[0, 0] == block.tokens[0, 1]).all()

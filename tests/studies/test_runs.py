@@ -1,0 +1,63 @@
+"""Runs in one program: each is what it would be alone, and none spoils another."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax.studies.grid import Run, make_groups
+from m3jax.studies.models import MODELS
+from m3jax.studies.questions import draw_block
+from m3jax.studies.runs import Recipe, init_runs, train_block
+from tests.tolerances import assert_close, rounding
+
+STEPS = 4
+
+
+def train(study, group, steps=STEPS, train_block=train_block):
+    """The state and the metrics after the first steps of a group."""
+    seeds = sorted({run.seed for run in group.runs})
+    questions = draw_block(
+        jnp.array(seeds), jnp.int32(0), jnp.full(steps, 8), task=group.task, batch_size=study.train.batch_size,
+        shortest=3, width=group.width(8, False), answers=1, bos=False,
+    )  # fmt: skip
+    recipe = Recipe(group.model, study.optimizer, study.train.steps)
+    state = init_runs(recipe, jnp.array([run.seed for run in group.runs]))
+    rates = jnp.array([run.learning_rate for run in group.runs])
+    data_of_run = jnp.array([seeds.index(run.seed) for run in group.runs])
+    return train_block(recipe, state, rates, data_of_run, jnp.int32(0), questions)
+
+
+def test_a_run_among_others_is_as_alone(small_study):
+    study = small_study()
+    (group,) = make_groups(study)
+    overflows = Run(1e30, 1)
+    together = dataclasses.replace(group, runs=(*group.runs, overflows))
+    state, metrics = train(study, together)
+    assert metrics.skipped.tolist() == [0, 0, 0, 0, (STEPS - 1) / STEPS]
+    assert len({float(loss) for loss in metrics.loss[:4]}) == 4
+    alone, own = train(study, dataclasses.replace(group, runs=group.runs[3:]))
+    # Adam divides by the gradient's size: a relative error of the gradient moves an update by as much of the rate.
+    terms = STEPS * study.train.batch_size * group.width(8, False) * group.model.d_model
+    for (path, one), many in zip(jax.tree.leaves_with_path(alone.params), jax.tree.leaves(state.params), strict=True):
+        assert_close(many[3], one[0], rounding(jnp.float32, terms), jax.tree_util.keystr(path))
+    assert_close(metrics.loss[3:4], own.loss, rounding(jnp.float32, terms), "loss")
+
+
+def test_learning_rates_share_initialisation_and_data(small_study):
+    study = small_study()
+    (group,) = make_groups(study)
+    state = init_runs(Recipe(group.model, study.optimizer, 12), jnp.array([run.seed for run in group.runs]))
+    embedding = np.asarray(state.params["embedding"])
+    assert (embedding[0] == embedding[2]).all() and (embedding[1] == embedding[3]).all()
+    assert not (embedding[0] == embedding[1]).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_maps_over_runs(small_study, name):
+    study = small_study(grid__models=name, grid__seeds=1, model__d_state=8)
+    (group,) = make_groups(study)
+    jax.eval_shape(functools.partial(train, study, group, 1, train_block.__wrapped__))

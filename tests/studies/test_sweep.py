@@ -1,0 +1,91 @@
+"""A sweep: killed and resumed it ends bit for bit where it would have; what is finished is not done again."""
+
+import json
+
+import numpy as np
+import pytest
+
+from m3jax.errors import CheckpointError
+from m3jax.studies import sweep
+from m3jax.studies.files import GroupFiles
+from m3jax.studies.grid import make_groups
+from m3jax.studies.report import write_report
+
+
+class Killed(BaseException):
+    """Like the process ending after a save."""
+
+
+def run(study, workdir):
+    assert sweep.run_sweep(study, workdir, make_groups(study))
+    (group,) = make_groups(study)
+    with np.load(workdir / "groups" / f"{group.name}.npz") as file:
+        arrays = {name: file[name] for name in file.files if name != "header"}
+    results = json.loads((workdir / "groups" / f"{group.name}.json").read_text())["results"]
+    return arrays, results
+
+
+@pytest.fixture(scope="module")
+def whole(small_study, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run(small_study(), workdir)
+
+
+def test_results(small_study, whole):
+    workdir, (_, results) = whole
+    assert results["steps"] == [3, 6, 9, 12] and len(results["runs"]) == 4
+    assert results["parameters"] > 0 and results["seconds"] > 0
+    for result in results["runs"]:
+        assert list(result["test"]) == list(result["validation"]) == ["6", "4-12"]
+        assert all(0 <= accuracy <= 1 for accuracy in result["test"].values())
+        assert len(result["loss"]) == 4 and result["skipped_steps"] == 0
+    paths = write_report(workdir, small_study(), "the command", None)
+    assert [path.name for path in paths] == ["results.json", "results.md", "parity.png"]
+    assert json.loads(paths[0].read_text())["groups"] == [results]
+
+
+def test_killed_and_resumed_is_bit_equal(small_study, whole, tmp_path, monkeypatch):
+    save = GroupFiles.save_training
+    with monkeypatch.context() as patch:
+
+        def save_and_die(self, training):
+            save(self, training)
+            if training.step == 6:
+                raise Killed
+
+        patch.setattr(GroupFiles, "save_training", save_and_die)
+        with pytest.raises(Killed):
+            run(small_study(), tmp_path)
+    arrays, results = run(small_study(), tmp_path)
+    expected_arrays, expected = whole[1]
+    assert arrays.keys() == expected_arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected_arrays[name])
+    assert results["runs"] == expected["runs"] and results["steps"] == expected["steps"]
+
+
+def test_finished_groups_are_skipped_and_only_measured_again(small_study, whole, monkeypatch):
+    workdir, (_, before) = whole
+    monkeypatch.setattr(sweep, "train_block", None)  # nothing is trained
+    assert run(small_study(), workdir)[1] == before
+    monkeypatch.setattr(sweep, "evaluate_group", lambda *_: {"validation": {"5": [0.5] * 4}, "test": {"5": [0.5] * 4}})
+    again = run(small_study(evaluation__lengths="5"), workdir)[1]
+    assert again["runs"][0]["test"] == {"5": 0.5} and again["runs"][0]["loss"] == before["runs"][0]["loss"]
+
+
+def test_another_study_is_refused(small_study, whole):
+    workdir, _ = whole
+    for key, value in (("train__batch_size", 8), ("grid__seeds", 3), ("optimizer__beta2", 0.9)):
+        study = small_study(**{key: value})
+        with pytest.raises(CheckpointError, match=key.split("__")[1] if key != "grid__seeds" else "runs"):
+            sweep.run_sweep(study, workdir, make_groups(study))
+
+
+def test_damaged_file_is_named(small_study, tmp_path):
+    study = small_study()
+    (group,) = make_groups(study)
+    files = GroupFiles(tmp_path, study, group)
+    path = tmp_path / "groups" / f"{group.name}.npz"
+    path.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(CheckpointError, match=rf"{group.name}\.npz cannot be read"):
+        files.load_training(None)
