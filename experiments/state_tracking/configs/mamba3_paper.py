@@ -1,0 +1,34 @@
+"""The Mamba-3 paper's protocol (arXiv 2603.15569, appendix D): a curriculum from length 40 to 160, test at 256.
+
+The paper states tasks, layers, d_model, state width, learning rates, batch, steps, curriculum and test length. It
+does not state the rest; here: AdamW with betas 0.9 and 0.95, weight decay 0.1, clipping at 1, 5 % warm-up, cosine to
+1e-6, no MLP, no token before the sequence, half of the state's coordinates rotating, heads of width 64, decay rates
+by softplus as in the first released code, 25 stages of 400 steps. Its figures are the best of 16 runs; ours stand
+beside a median of seeds with --config.grid.seeds=5. Arithmetic lengths are odd: 256 is 255.
+
+python experiments/state_tracking/sweep.py --config mamba3_paper
+
+Not run yet.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from m3jax.studies.config import default_study
+
+
+def get_config() -> ConfigDict:
+    """The study; every other key has the default of m3jax/studies/config.py."""
+    config = default_study()
+    config.grid.tasks = "parity:1,modular_arithmetic:3,modular_arithmetic_brackets:3"
+    config.grid.models = "mamba3_siso,mamba3_standard_rope,mamba3_no_rope,mamba2,gdn_negative"
+    config.grid.widths = "32,64"
+    config.grid.learning_rates = ",".join(f"{rate:.3g}" for rate in np.geomspace(1e-4, 1e-2, 8))
+    config.model.a_activation = "softplus"
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.final_learning_rate = 1e-6
+    config.train.stages = ",".join(f"{longest}:400" for longest in range(40, 161, 5))
+    config.train.array_lengths = "80,160"
+    config.train.block_steps = 200
+    config.train.matmul_precision = "tensorfloat32"
+    return config
