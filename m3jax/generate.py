@@ -12,8 +12,8 @@ import jax
 from m3jax.cli import Parser, run_main
 from m3jax.errors import ConfigError, DataError
 from m3jax.inference import generate, generate_text
+from m3jax.loading import read_checkpoint
 from m3jax.models.language_model import LanguageModel
-from m3jax.training.checkpoint import load_checkpoint
 
 
 class _CallableModule(types.ModuleType):
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program with these arguments (None = those of the process) and prints the texts."""
     arguments, overrides = _parser().parse(argv)
     prompts = [p for p in _read_prompts(arguments) for _ in range(arguments.num_samples)]
-    checkpoint = load_checkpoint(arguments.checkpoint, arguments.step, ema=arguments.ema, overrides=overrides)
+    checkpoint = read_checkpoint(arguments.checkpoint, arguments.step, ema=arguments.ema, overrides=overrides)
     streams = len(prompts) == 1 and not arguments.no_stream
     if streams:
         print(prompts[0], end="", flush=True)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> Parser:
     parser = Parser("m3jax.generate", "Continues prompts with a trained model.")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a workdir of m3jax.train, or one checkpoint in it")
+    add("--checkpoint", required=True, metavar="DIR", help="a workdir, one checkpoint in it, or a released one")
     add("--step", type=int, help="of the checkpoint; the newest by default")
     add("--ema", action="store_true", help="take the moving average of the parameters")
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")

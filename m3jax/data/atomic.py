@@ -1,5 +1,6 @@
 """Directories that either exist whole or not at all, whoever is killed when."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -22,23 +23,40 @@ def build_once(directory: Path, build: Callable[[Path], None]) -> None:
     Raises:
       DataError: the file system refuses, for example because it is full; nothing is left behind.
     """
-    if directory.exists():
-        return
-    partial = directory.with_name(f".{directory.name}.partial")
-    lock = directory.with_name(f".{directory.name}.lock")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
-            try:
-                if not directory.exists():
-                    _build(directory, partial, build)
-            finally:
-                lock.unlink(missing_ok=True)  # whoever waits for it notices and makes a new one
+        _build_unless_there(directory, build)
     except OSError as error:
         raise DataError(
             f"Cannot write {error.filename or directory}: {error.strerror or error}. "
             "The cache of tokenised text is at config.data.cache_dir."
         ) from error
+
+
+def build_new(directory: Path, build: Callable[[Path], None]) -> None:
+    """Makes a directory as `build_once` does, but one that is there is an error.
+
+    Raises:
+      FileExistsError: it is there.
+      OSError: the file system refuses; nothing is left behind.
+    """
+    if not _build_unless_there(directory, build):
+        raise FileExistsError(errno.EEXIST, "it exists already, and nothing is ever overwritten", str(directory))
+
+
+def _build_unless_there(directory: Path, build: Callable[[Path], None]) -> bool:
+    if directory.exists():
+        return False
+    partial = directory.with_name(f".{directory.name}.partial")
+    lock = directory.with_name(f".{directory.name}.lock")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        try:
+            there = directory.exists()
+            if not there:
+                _build(directory, partial, build)
+        finally:
+            lock.unlink(missing_ok=True)  # whoever waits for it notices and makes a new one
+    return not there
 
 
 def _build(directory: Path, partial: Path, build: Callable[[Path], None]) -> None:

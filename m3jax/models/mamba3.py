@@ -27,7 +27,7 @@ def heavy_tail(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0) + 1 / (1 - jnp.minimum(x, 0))
 
 
-_A_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"heavy_tail": heavy_tail, "softplus": jax.nn.softplus}
+A_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"heavy_tail": heavy_tail, "softplus": jax.nn.softplus}
 
 
 _ROPE_BASE = 10_000.0
@@ -106,7 +106,7 @@ class Mamba3Mixer(nn.Module):
             "b": RMSNorm(**norm, name="b_norm")(b.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
             "c": RMSNorm(**norm, name="c_norm")(c.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
             "dt": dt,
-            "a": jnp.minimum(-_A_ACTIVATIONS[m.a_activation](a), -m.a_floor),
+            "a": jnp.minimum(-A_ACTIVATIONS[m.a_activation](a), -m.a_floor),
             "lam": jax.nn.sigmoid(lam) if m.fixed_lambda is None else jnp.full_like(dt, m.fixed_lambda),
             "omega": omega,
         }

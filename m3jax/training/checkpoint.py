@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from m3jax.config import CheckpointConfig, Config, build_config, config_to_dict, override
+from m3jax.data.atomic import build_new
 from m3jax.data.tokenizer import Tokenizer, load_tokenizer
 from m3jax.errors import CheckpointError
 from m3jax.models.language_model import LanguageModel
@@ -43,7 +44,7 @@ class Run:
     step: int
     config: dict[str, Any]
     tokenizer: dict[str, str | None]  # name, id and json_text
-    data_states: list[Any]  # the position of each process
+    data_states: list[Any]  # the position of each process; none of a checkpoint without a run
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,7 @@ class Checkpointer:
         step = int(state.step)
         if manifest.is_finished(self.root / str(step)):
             return
-        run = {
-            "format": _FORMAT,
-            "step": step,
-            "config": config_to_dict(config),
-            "tokenizer": {"name": config.data.tokenizer, "id": tokenizer.id, "json_text": tokenizer.json_text},
-            "data_states": _gather(data_state),
-            "jax_version": jax.__version__,
-        }
+        run = _run_values(step, config, tokenizer, _gather(data_state))
         items = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
         self._saving = step
         try:
@@ -132,11 +126,16 @@ class Checkpointer:
         """Verifies a whole checkpoint and reads what it knows besides arrays.
 
         Raises:
-          CheckpointError: a file that is missing or changed; a newer format; or another number of processes.
+          CheckpointError: a file that is missing or changed; a newer format; parameters only; or another number of
+            processes.
         """
         directory = self.root / str(step)
         self._verify(directory)
         run = _read_run(directory)
+        if not run.data_states:
+            raise CheckpointError(
+                f"{directory} was converted and has parameters only: no run continues from it. Use another --workdir."
+            )
         if len(run.data_states) != jax.process_count():
             raise CheckpointError(
                 f"{directory} was saved by {len(run.data_states)} processes, each with its own position in the data: "
@@ -283,6 +282,41 @@ def load_checkpoint(
     params = _load(directory, {item: abstract})[item]
     tokenizer = load_tokenizer(run.tokenizer["name"], run.tokenizer["json_text"])
     return Checkpoint(directory, run.step, config, params, tokenizer)
+
+
+def save_parameters(workdir: Path, checkpoint: Checkpoint) -> None:
+    """Makes a workdir with one checkpoint that has parameters only: to load, generate and evaluate, not to train on.
+
+    A killed process leaves nothing there.
+
+    Args:
+      workdir: to be made.
+      checkpoint: what it shall hold; its path is not used.
+
+    Raises:
+      FileExistsError: the directory is there.
+    """
+
+    def fill(partial: Path) -> None:
+        directory = partial.absolute() / FOLDER / str(checkpoint.step)
+        directory.parent.mkdir()
+        ocp.save_checkpointables(directory, {"params": checkpoint.params})
+        values = _run_values(checkpoint.step, checkpoint.config, checkpoint.tokenizer, [])
+        manifest.write_json(directory / RUN_FILE, values)
+        manifest.write_manifest(directory)
+
+    build_new(workdir, fill)
+
+
+def _run_values(step: int, config: Config, tokenizer: Tokenizer, data_states: list[str]) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "step": step,
+        "config": config_to_dict(config),
+        "tokenizer": {"name": config.data.tokenizer, "id": tokenizer.id, "json_text": tokenizer.json_text},
+        "data_states": data_states,
+        "jax_version": jax.__version__,
+    }
 
 
 def _load(directory: Path, items: dict[str, PyTree]) -> dict[str, PyTree]:

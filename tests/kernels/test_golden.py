@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m3jax.config import ModelConfig
-from m3jax.interop.mamba_ssm import rotary_order
+from m3jax.interop.released_tensors import rotary_order
 from m3jax.kernels import mamba3_scan
 from tests import tolerances
 

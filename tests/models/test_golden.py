@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from m3jax.interop import mamba_ssm
+from m3jax.interop.released_tensors import parameters, rotary_order
 from m3jax.models.language_model import LanguageModel
 from m3jax.training.loss import linear_cross_entropy
 from tests import tolerances
@@ -23,7 +24,7 @@ def golden(request):
 
 def _load(path: Path, dtype: str):
     config, params = mamba_ssm.load(path)
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, state_dtype=dtype)
+    config = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype, state_dtype=dtype)
     return config, LanguageModel(config), jax.tree.map(lambda v: jnp.asarray(v, dtype), params)
 
 
@@ -49,7 +50,7 @@ def test_logits_loss_and_gradients(golden, dtype, x64):
     tolerances.assert_close(logits, arrays["logits"], tolerance, "logits")
     tolerances.assert_close(value, arrays["loss"], tolerance, "loss")
     released = {name.removeprefix("grad/"): v for name, v in arrays.items() if name.startswith("grad/")}
-    expected = mamba_ssm.parameters(released, config)
+    expected = parameters(released, config)
     jax.tree.map_with_path(
         lambda where, g, e: tolerances.assert_close(g, e, tolerance, jax.tree_util.keystr(where)), gradients, expected
     )
@@ -62,7 +63,7 @@ def test_decode_states_and_greedy_tokens(golden, dtype, x64):
     tokens = jnp.asarray(arrays["input_ids"])
     tolerance = tolerances.golden(dtype, _terms(config))
     hidden, state = jax.jit(lambda p: model.apply({"params": p}, tokens, method="prefill"))(params)
-    order = mamba_ssm.rotary_order(config)
+    order = rotary_order(config)
     for i in range(config.n_layers):
         expected = {name: arrays[f"state/{i}/{name}"] for name in ("angle", "ssm", "k", "v")}
         phase = tolerances.GOLDEN_PHASE + tolerances.rounding(dtype, tokens.shape[1])

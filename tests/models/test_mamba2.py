@@ -23,9 +23,10 @@ def _silu(v: np.ndarray) -> np.ndarray:
     return v / (1 + np.exp(-v))
 
 
-def naive(params: dict, u: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def naive(
+    params: dict, u: np.ndarray, documents: np.ndarray, m: ModelConfig = CONFIG
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Output [b, l, d], and of the last token H [b, h, p, n] and the inputs of the last convolution taps."""
-    m = CONFIG
     inner, heads, n, taps = m.d_inner, m.n_heads, m.d_state, m.d_conv
     group = np.arange(heads) // (heads // m.ngroups)  # of each head
     z, xbc, raw_dt = np.split(u @ params["in_proj"]["kernel"], [inner, 2 * inner + 2 * m.ngroups * n], axis=-1)

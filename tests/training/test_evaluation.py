@@ -93,7 +93,7 @@ def test_command_on_other_data(workdir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--checkpoint", "/nowhere"], CheckpointError, "No checkpoint directory /nowhere"),
+        (["--checkpoint", "/nowhere"], CheckpointError, "/nowhere does not exist"),
         ([], ConfigError, "required: --checkpoint"),
         (["--checkpoint", "{}", "--step", "7"], CheckpointError, "no checkpoint of step 7: there are 2"),
         (["--checkpoint", "{}", "--config.data.sorce=x"], ConfigError, "Did you mean config.data.source"),
