@@ -10,6 +10,8 @@ from m3jax.data.tasks import Task, get_task
 from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.models import model_config
 
+_POSITIONS = 8
+
 
 class Run(NamedTuple):
     """What a group's runs differ in."""
@@ -46,8 +48,12 @@ class Group:
         return Span(shortest + self.shift, longest + self.shift)
 
     def width(self, longest: int, bos: bool) -> int:
-        """Positions of arrays for sequences of at most `longest`, in the study's count."""
-        return self.task.positions(longest + self.shift) + bos
+        """Positions of arrays for sequences of at most `longest`, in the study's count.
+
+        Rounded up to a multiple of 8, so that tasks which count a position more or less have the same arrays.
+        """
+        positions = self.task.positions(longest + self.shift) + bos
+        return -(-positions // _POSITIONS) * _POSITIONS
 
 
 def make_groups(

@@ -33,6 +33,7 @@ def stream(seed: jax.Array | int, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
+@functools.partial(jax.jit, static_argnames=("task", "batch_size", "width", "answers", "bos"))
 def draw_questions(
     key: jax.Array, task: Task, batch_size: int, shortest: Length, longest: Length, width: int, answers: int, bos: bool
 ) -> Questions:

@@ -125,9 +125,10 @@ class GroupTrainer:
         logged = now - self._logged >= _SECONDS_BETWEEN_LOGS or step == self._train.steps
         self._logged = now if logged else self._logged
         left = (self._train.steps - step) * seconds / self._train.block_steps
+        finite = [loss for loss in numbers["loss"] if math.isfinite(loss)] or [math.nan]
         line.show(
-            f"{place}  step {step}/{self._train.steps}  loss {np.mean(numbers['loss']):.4f}, best "
-            f"{np.nanmin(numbers['loss']):.4f}  accuracy {np.mean(numbers['accuracy']):.3f}, best "
+            f"{place}  step {step}/{self._train.steps}  loss {statistics.mean(finite):.4f}, best "
+            f"{min(finite):.4f}  accuracy {np.mean(numbers['accuracy']):.3f}, best "
             f"{np.max(numbers['accuracy']):.3f}  {self._train.block_steps / seconds:.3g} steps/s  "
             f"{format_seconds(left)} left in this group",
             last=step == self._train.steps, logged=logged,

@@ -63,7 +63,7 @@ def test_groups(small_study):
     assert groups[0].runs == (Run(3e-3, 0), Run(3e-3, 1), Run(1e-2, 0), Run(1e-2, 1))
     last = groups[-1]
     assert (last.model.n_layers, last.model.d_model, last.model.gdn_heads, last.model.gdn_headdim) == (2, 16, 2, 8)
-    assert (last.model.vocab_size, last.span(3, 40), last.width(40, True)) == (16, Span(4, 41), 41)
+    assert (last.model.vocab_size, last.span(3, 40), last.width(40, True)) == (16, Span(4, 41), 48)
     assert [g.name for g in make_groups(study, ["parity"], ["gdn"])] == ["parity-gdn-8", "parity-gdn-16"]
     with pytest.raises(ConfigError, match="Did you mean 'parity'"):
         make_groups(study, ["parit"])
