@@ -9,8 +9,7 @@ probability proportional to (gap + 1)^(0.01 - 1), which leaves most queries near
 never written. By default a random token of the whole vocabulary fills each blank, which may be a key; upstream's
 sweeps of Mamba-2 and Based do so, its first figures do not. After HazyResearch/zoology (multiquery_ar.py).
 
-The chance level is that of a guess among all values; one among the sequence's own has 1 / pairs. A batch sorts v
-random numbers per sequence to draw distinct ones: runs of a sweep that may see the same data should share it.
+The chance level is that of a guess among all values; one among the sequence's own has 1 / pairs.
 """
 
 from functools import partial
@@ -24,8 +23,24 @@ _POWER = 0.01
 
 
 def _distinct(key: jax.Array, batch_size: int, n: int, k: int) -> jax.Array:
-    """Draws k of 0..n-1 without replacement, in random order, for each row: int32 [b, k]."""
-    return jax.lax.top_k(jax.random.uniform(key, (batch_size, n), jnp.float32), k)[1]
+    """Draws k of 0..n-1 without replacement, in random order, for each row: int32 [b, k].
+
+    What repeats an earlier one of its row is drawn again until nothing does. No step tells the n numbers apart, so all
+    ordered selections are equally probable. To sort n random numbers would take far longer where k is far less than n.
+    """
+    earlier = jnp.tri(k, k=-1, dtype=bool)
+
+    def repeats(numbers: jax.Array) -> jax.Array:
+        return jnp.any((numbers[:, :, None] == numbers[:, None, :]) & earlier[None], axis=2)
+
+    def draw_again(loop: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        key, numbers, wrong = loop
+        key, now = jax.random.split(key)
+        numbers = jnp.where(wrong, draw(now, numbers.shape, n), numbers)
+        return key, numbers, repeats(numbers)
+
+    nothing_yet = key, jnp.zeros((batch_size, k), jnp.int32), jnp.ones((batch_size, k), bool)
+    return jax.lax.while_loop(lambda loop: jnp.any(loop[2]), draw_again, nothing_yet)[1]
 
 
 def _gaps(key: jax.Array, spaces: jax.Array, widest: int, k: int) -> jax.Array:
@@ -84,8 +99,8 @@ def mqar(name: str, pairs: int, *, vocab_size: int = 8192, random_blanks: bool =
 
 
 _PAIRS = (4, 8, 16, 32, 64, 128, 256)
-MQAR = tuple(
-    mqar(f"mqar_{pairs}" if random_blanks else f"mqar_{pairs}_blank", pairs, random_blanks=random_blanks)
-    for random_blanks in (True, False)
-    for pairs in _PAIRS
+MQAR = (
+    *(mqar(f"mqar_{pairs}", pairs) for pairs in _PAIRS),
+    *(mqar(f"mqar_blank_{pairs}", pairs, random_blanks=False) for pairs in _PAIRS),
+    *(mqar(f"mqar_few_{pairs}", pairs, vocab_size=64) for pairs in (2, 4, 8, 16)),
 )

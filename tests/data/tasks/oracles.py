@@ -137,5 +137,5 @@ ORACLES = {
     "modular_arithmetic_brackets": brackets,
     "modular_arithmetic_brackets_without_times": brackets_without_times,
     **{name: word_problem(name) for name in ("z60", "s3", "a4", "a5", "s5")},
-    "mqar_4_blank": mqar(4, 8192, blank=True),
+    "mqar_blank_4": mqar(4, 8192, blank=True),
 }

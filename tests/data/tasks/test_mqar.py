@@ -26,7 +26,8 @@ def power_law(space: int) -> np.ndarray:
 
 def test_sizes_of_the_sweep():
     assert [name for name in TASKS if name.startswith("mqar")] == [
-        f"mqar_{pairs}{ending}" for ending in ("", "_blank") for pairs in (4, 8, 16, 32, 64, 128, 256)
+        *(f"mqar{kind}_{pairs}" for kind in ("", "_blank") for pairs in (4, 8, 16, 32, 64, 128, 256)),
+        *(f"mqar_few_{pairs}" for pairs in (2, 4, 8, 16)),
     ]
     assert TASKS["mqar_64"].shortest == 256
     assert TASKS["mqar_64"].chance == 1 / 4096
@@ -64,12 +65,12 @@ def test_filled_and_blank_differ_only_in_the_blanks():
 
 
 def test_keys_and_values_are_drawn_without_replacement():
-    tokens = small(8192, 8).tokens
-    for columns, first in (((0, 2), 1), ((1, 3), 6)):
-        n = 5 if first == 1 else 6
-        pairs = tokens[:, columns[0]] * 100 + tokens[:, columns[1]]
-        ordered = itertools.permutations(range(first, first + n), 2)
-        assert_frequencies(pairs, evenly(a * 100 + b for a, b in ordered))
+    context = small(32768, 16, pairs=4).tokens[:, :8]
+    for drawn, among in ((context[:, ::2], range(1, 6)), (context[:, 1::2], range(6, 12))):
+        ordered = itertools.permutations(among, 4)
+        assert_frequencies(
+            drawn @ [12**3, 12**2, 12, 1], evenly(int(np.dot(v, [12**3, 12**2, 12, 1])) for v in ordered)
+        )
 
 
 def test_gaps_follow_the_power_law_without_replacement():
