@@ -1,7 +1,8 @@
 """Steps per second and memory of a study's groups: python experiments/state_tracking/timing.py --config mamba3_paper.
 
-Times the widest arrays of one group for every model config, tasks with the same shapes once, and says how long the
-whole study would take if every step were of those.
+Times the last steps of one group for every model config, tasks with the same shapes once, and says how long the whole
+study would take if every step were of those: the widest of a curriculum, or a mixture. Takes files too, for instance
+experiments/recall/configs/zoology.py, with a multiple of the lengths that alternate as --steps.
 """
 
 import dataclasses
@@ -17,11 +18,22 @@ from m3jax.cli import Parser, read_config, run_main
 from m3jax.studies.config import StudyConfig, build_study
 from m3jax.studies.files import GroupFiles
 from m3jax.studies.grid import Group, make_groups
+from m3jax.studies.program import preset_path
+from m3jax.studies.questions import Questions
 from m3jax.studies.runs import train_block
 from m3jax.studies.sweep import GroupTrainer
-from m3jax.training.flops import flops_per_token
+from m3jax.training.flops import forward_flops_per_token
 
 _PRESETS = Path(__file__).parent / "configs"
+
+
+def flops_of(group: Group, questions: Questions) -> float:
+    """Operations of a step of all runs on such arrays, forward and backward; the head's at supervised positions."""
+    _, _, batch, answers = questions.targets.shape
+    width = questions.tokens.shape[-1]
+    parts = forward_flops_per_token(group.model, width)
+    head = parts.pop("head")
+    return 3 * len(group.runs) * batch * (width * sum(parts.values()) + answers * head)
 
 
 def time_group(study: StudyConfig, group: Group) -> dict[str, float]:
@@ -37,18 +49,21 @@ def time_group(study: StudyConfig, group: Group) -> dict[str, float]:
         began = time.perf_counter()
         state, _ = jax.block_until_ready(compiled(state, *rest))
         seconds.append((time.perf_counter() - began) / n)
-    width = rest[-1].tokens.shape[-1]
+    *_, questions = rest
+    width = sum(len(of_kind.tokens) * of_kind.tokens.shape[-1] for of_kind in questions) / n
     tokens = len(group.runs) * study.train.batch_size * width
+    flops = sum(len(of_kind.tokens) * flops_of(group, of_kind) for of_kind in questions) / n
     memory = compiled.memory_analysis()
     # XLA counts what a loop does once: the loop over steps is meant, one over layers would be missed.
-    counted = group.model.n_layers == 1 or not group.model.scan_layers
+    # Of several kinds of steps it counts each once.
+    counted = (group.model.n_layers == 1 or not group.model.scan_layers) and len(questions) == 1
     return {
         "width": width,
         "steps_per_second": 1 / min(seconds),
         "tokens_per_second": tokens / min(seconds),
-        "gigaflop_per_step": tokens * flops_per_token(group.model, width) / 1e9,
+        "gigaflop_per_step": flops / 1e9,
         "gigabytes_per_step": compiled.cost_analysis()["bytes accessed"] / 1e9 if counted else None,
-        "teraflop_per_second": tokens * flops_per_token(group.model, width) / min(seconds) / 1e12,
+        "teraflop_per_second": flops / min(seconds) / 1e12,
         "memory_gb": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9,
         "compilation_seconds": compilation,
     }
@@ -58,14 +73,15 @@ def measure(study: StudyConfig, groups: list[Group]) -> list[dict[str, object]]:
     """Times every model config once and prints a line for each."""
     rows, seen = [], {}
     for group in groups:
-        key = (group.model, group.width(study.train.arrays[-1], study.train.bos))
+        arrays = (span._replace(longest=study.train.arrays[-1]) for span in study.training_spans)
+        key = (group.model, *((group.width(span, study.train.bos), group.answers(span)) for span in arrays))
         seen.setdefault(key, []).append(group)
     for same in seen.values():
         row = {"groups": [group.name for group in same], "layers": same[0].model.n_layers, "runs": len(same[0].runs)}
         row |= time_group(study, same[0])
         rows.append(row)
         print(
-            f"{', '.join(row['groups']):60s} {row['layers']} layers, {row['runs']} runs, width {row['width']}: "
+            f"{', '.join(row['groups']):60s} {row['layers']} layers, {row['runs']} runs, width {row['width']:.0f}: "
             f"{row['steps_per_second']:7.1f} steps/s, {row['tokens_per_second'] / 1e6:6.2f}M tokens/s, "
             f"{row['teraflop_per_second']:5.2f} TFLOP/s, {row['memory_gb']:5.2f} GB of memory, "
             f"compiled in {row['compilation_seconds']:.0f} s",
@@ -84,12 +100,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--commit", help="what is measured, for the record")
     options, overrides = parser.parse()
-    full = read_config(_PRESETS / f"{options.config}.py", overrides, build_study)
+    full = read_config(preset_path(options.config, _PRESETS), overrides, build_study)
     study = dataclasses.replace(full, train=dataclasses.replace(full.train, block_steps=options.steps))
     with jax.default_matmul_precision(study.train.matmul_precision):
         rows = measure(study, make_groups(study, options.tasks, options.models))
     total = sum(len(row["groups"]) * full.train.steps / row["steps_per_second"] for row in rows)
-    print(f"all groups, every step of the widest arrays: {total / 60:.1f} minutes, without compilation and evaluation")
+    print(f"all groups, every step like these: {total / 60:.1f} minutes, without compilation and evaluation")
     if options.json:
         options.json.write_text(json.dumps(circumstances(options.commit) | {"timing": rows}, indent=1) + "\n")
 

@@ -12,30 +12,40 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from m3jax.config import ModelConfig, OptimizerConfig, build_config, from_values, one_of, require
-from m3jax.data.tasks import get_task
+from m3jax.data.tasks import Task, get_task
 from m3jax.errors import ConfigError
 from m3jax.studies.models import MODELS
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
 
-class Stage(NamedTuple):
-    """A part of the curriculum."""
-
-    longest: int  # length, in the task's own count
-    steps: int
-
-
 class Span(NamedTuple):
-    """Lengths of an evaluation, both included."""
+    """Lengths of sequences, both included, and of a task that has them the number of pairs."""
 
     shortest: int
     longest: int
+    pairs: int | None = None
 
     @property
     def label(self) -> str:
-        """As in the config: "256" or "40-256"."""
-        return str(self.longest) if self.shortest == self.longest else f"{self.shortest}-{self.longest}"
+        """As in the config: "256", "40-256" or "64/4", 4 pairs."""
+        length = str(self.longest) if self.shortest == self.longest else f"{self.shortest}-{self.longest}"
+        return length if self.pairs is None else f"{length}/{self.pairs}"
+
+    def task(self, name: str) -> Task:
+        """The task of a grid's name: NAME, or NAME_PAIRS.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        return get_task(name if self.pairs is None else f"{name}_{self.pairs}")
+
+
+class Stage(NamedTuple):
+    """A part of the curriculum."""
+
+    spans: tuple[Span, ...]  # of its steps in turn, again and again
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class GridConfig:
     """What is compared. Every model of a width trains on a task with every learning rate and every seed."""
 
     tasks: str = "parity:1"  # name:number of layers
-    models: str = "mamba3_siso"  # names of m3jax/studies/models.py
+    models: str = "mamba3_siso"  # names of m3jax/studies/models.py; NAME@N: with N in place of model.d_state
     widths: str = "32"  # model.d_model
     learning_rates: str = "1e-3"  # the peaks
     seeds: int = 1  # 0, 1, ...; a seed decides initialisation and data, which learning rates and models share
@@ -56,7 +66,7 @@ class GridConfig:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names of the models."""
+        """The models, as they are called in results."""
         return _items("grid.models", self.models, "names of models", str)
 
     @property
@@ -79,24 +89,34 @@ class GridConfig:
 class TrainingConfig:
     """How every run trains."""
 
-    stages: str = "40:1000"  # the curriculum: longest length:steps of every stage in turn
-    shortest: int = 3  # length in all stages
+    # The curriculum: longest length:steps of every stage in turn; spaces between the lengths of steps that alternate.
+    stages: str = "40:1000"
+    shortest: int = 3  # length in all stages; 0 = all sequences of a step are as long as its longest
     array_lengths: str = "40"  # arrays hold sequences of one of these lengths, the first that is enough; each compiles
     batch_size: int = 256
     block_steps: int = 100  # steps of one call; all stages together are a multiple
+    stop_accuracy: float = 0.0  # a group ends once all seeds of a learning rate reach it over a block; 0 = never
     bos: bool = False  # a token of its own before every sequence
+    runs_at_once: int = 0  # a step computes so many runs together, then the next, to save memory; 0 = all
     matmul_precision: str = "float32"  # on a GPU also tensorfloat32 or bfloat16; phases and states stay float32
     save_seconds: float = 30.0  # at least this long between saves of a group that is training
 
     @property
     def curriculum(self) -> tuple[Stage, ...]:
         """The stages."""
-        return tuple(Stage(*pair) for pair in _pairs("train.stages", self.stages, "LENGTH:STEPS", int, int))
+        stages = _pairs("train.stages", self.stages, "LENGTH:STEPS or 'LENGTH LENGTH ...:STEPS'", str.split, int)
+        spans = (tuple(self._span(text) for text in lengths) for lengths, _ in stages)
+        return tuple(Stage(of_stage, steps) for of_stage, (_, steps) in zip(spans, stages, strict=True))
 
     @property
     def steps(self) -> int:
         """Steps of all stages, the length of the learning rate's schedule."""
         return sum(stage.steps for stage in self.curriculum)
+
+    def _span(self, text: str) -> Span:
+        span = _span("train.stages", text)
+        require(span.shortest == span.longest, "train.stages", self.stages, "one length for a step, N or N/PAIRS")
+        return span._replace(shortest=self.shortest or span.longest)
 
     @property
     def arrays(self) -> tuple[int, ...]:
@@ -108,19 +128,15 @@ class TrainingConfig:
 class EvaluationConfig:
     """Where trained runs are measured. One draw of sequences chooses the learning rate, another one is reported."""
 
-    lengths: str = "256"  # a length, or two with a hyphen between: drawn evenly from them
+    # A length, or two with a hyphen between: drawn evenly from them. For tasks of a number of pairs N/PAIRS.
+    lengths: str = "256"
     sequences: int = 8192  # per item of lengths
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The items of lengths."""
-        spans = []
-        for text in _items("evaluation.lengths", self.lengths, "lengths N or N-N", str):
-            low, _, high = text.partition("-")
-            require(low.isdecimal() and (high or low).isdecimal(), "evaluation.lengths", self.lengths,
-                    "lengths N or N-N with commas between")  # fmt: skip
-            spans.append(Span(int(low), int(high or low)))
-        return tuple(spans)
+        texts = _items("evaluation.lengths", self.lengths, "lengths N or N-N", str)
+        return tuple(_span("evaluation.lengths", text) for text in texts)
 
 
 def _shared_model() -> ModelConfig:
@@ -138,6 +154,11 @@ class StudyConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # the grid has the learning rates
     train: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def training_spans(self) -> tuple[Span, ...]:
+        """Where training sequences come from, each once."""
+        return tuple(dict.fromkeys(span for stage in self.train.curriculum for span in stage.spans))
 
 
 def default_study() -> ConfigDict:
@@ -164,6 +185,9 @@ def build_study(values: ConfigDict | dict[str, Any]) -> StudyConfig:
     build_config({"model": values["model"], "optimizer": dataclasses.asdict(study.optimizer)})
     _check_grid(study.grid)
     _check_train(study.train)
+    runs, at_once = len(study.grid.rates) * study.grid.seeds, study.train.runs_at_once
+    require(at_once >= 0 and runs % (at_once or 1) == 0, "train.runs_at_once", at_once,
+            f"0 or a divisor of the {runs} runs of a group")  # fmt: skip
     require(study.evaluation.sequences >= 1, "evaluation.sequences", study.evaluation.sequences, "at least 1")
     _check_lengths(study)
     return study
@@ -171,39 +195,57 @@ def build_study(values: ConfigDict | dict[str, Any]) -> StudyConfig:
 
 def _check_grid(grid: GridConfig) -> None:
     for name, layers in grid.task_layers:
-        get_task(name)
         require(layers >= 1, "grid.tasks", grid.tasks, "at least one layer for every task")
         grid.shift(name)
-    for name in grid.model_names:
+    for label in grid.model_names:
+        name, at, d_state = label.partition("@")
         one_of("grid.models", name, MODELS)
+        require(not at or d_state.isdecimal(), "grid.models", label, "a model's name, or NAME@WIDTH of the state")
     require(min(grid.d_models) >= 1, "grid.widths", grid.widths, "positive widths")
     require(min(grid.rates) > 0, "grid.learning_rates", grid.learning_rates, "positive numbers")
     require(grid.seeds >= 1, "grid.seeds", grid.seeds, "at least 1")
 
 
 def _check_train(train: TrainingConfig) -> None:
-    require(min(min(stage) for stage in train.curriculum) >= 1, "train.stages", train.stages, "positive numbers")
+    for stage in train.curriculum:
+        numbers = [stage.steps, *(span.longest for span in stage.spans)]
+        require(len(numbers) > 1 and min(numbers) >= 1, "train.stages", train.stages,
+                "at least one length for every stage, and positive numbers")  # fmt: skip
     for name in ("batch_size", "block_steps"):
         require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "at least 1")
     require(train.steps % train.block_steps == 0, "train.block_steps", train.block_steps,
             f"a divisor of the {train.steps} steps of train.stages")  # fmt: skip
-    longest = max(stage.longest for stage in train.curriculum)
+    for stage in train.curriculum:
+        cycle = len(stage.spans)
+        require(cycle == 1 or stage.steps % cycle == train.block_steps % cycle == 0,
+                "train.block_steps", train.block_steps,
+                f"a multiple of the {cycle} lengths that alternate, and the stage's steps too")  # fmt: skip
+    longest = max(span.longest for stage in train.curriculum for span in stage.spans)
     require(train.arrays[-1] >= longest, "train.array_lengths", train.array_lengths,
             f"one of at least {longest}, the longest of train.stages")  # fmt: skip
+    require(0 <= train.stop_accuracy <= 1, "train.stop_accuracy", train.stop_accuracy, "0 or a share of the answers")
     one_of("train.matmul_precision", train.matmul_precision, PRECISIONS)
     require(train.save_seconds >= 0, "train.save_seconds", train.save_seconds, "at least 0")
 
 
 def _check_lengths(study: StudyConfig) -> None:
     """Lengths are in order, and every task has them."""
-    spans = {"train.stages": [Span(study.train.shortest, stage.longest) for stage in study.train.curriculum]}
-    spans["evaluation.lengths"] = list(study.evaluation.spans)
+    spans = {"train.stages": study.training_spans, "evaluation.lengths": study.evaluation.spans}
     for name, _ in study.grid.task_layers:
-        least = get_task(name).shortest - study.grid.shift(name)
         for key, of_key in spans.items():
             for span in of_key:
+                task = span.task(name)
+                least = task.shortest - study.grid.shift(name)
                 require(least <= span.shortest <= span.longest, key, span.label,
-                        f"lengths in ascending order, for {name} of at least {least}")  # fmt: skip
+                        f"lengths in ascending order, for {task.name} of at least {least}")  # fmt: skip
+
+
+def _span(key: str, text: str) -> Span:
+    numbers, slash, pairs = text.partition("/")
+    low, _, high = numbers.partition("-")
+    require(low.isdecimal() and (high or low).isdecimal() and (not slash or pairs.isdecimal()), key, text,
+            "lengths N or N-N, with N/PAIRS for tasks of a number of pairs")  # fmt: skip
+    return Span(int(low), int(high or low), int(pairs) if slash else None)
 
 
 def _items(key: str, text: str, what: str, kind: Callable[[str], Any]) -> tuple:

@@ -6,7 +6,7 @@ import numpy as np
 
 from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.grid import Group
-from m3jax.studies.questions import TEST, VALIDATION, Questions, draw_questions, stream
+from m3jax.studies.questions import TEST, VALIDATION, draw_questions, stream
 from m3jax.studies.runs import PyTree, count_correct
 
 _SEED = 2**31 - 1  # no run's
@@ -32,18 +32,14 @@ def evaluate_group(study: StudyConfig, group: Group, params: PyTree) -> Accuraci
 
 def _accuracies(study: StudyConfig, group: Group, params: PyTree, purpose: int, span: Span) -> list[float]:
     train, n = study.train, study.evaluation.sequences
-    width = group.width(span.longest, train.bos)
+    width = group.width(span, train.bos)
     # As many positions at once as in a training step, which needs more memory.
-    fitting = max(1, train.batch_size * group.width(train.arrays[-1], train.bos) // width)
+    in_training = group.width(study.training_spans[0]._replace(longest=train.arrays[-1]), train.bos)
+    fitting = max(1, train.batch_size * in_training // width)
     batch = next(size for size in range(min(n, fitting), 0, -1) if n % size == 0)
-    questions = _draw(group, purpose, span, n, width, train.bos)
-    batches = jax.tree.map(lambda v: v.reshape(n // batch, batch, *v.shape[1:]), questions)
-    right, answers = count_correct(group.model, params, batches)
-    return (np.asarray(right) / float(answers)).tolist()
-
-
-def _draw(group: Group, purpose: int, span: Span, n: int, width: int, bos: bool) -> Questions:
-    shortest, longest = group.span(*span)
     key = jax.random.fold_in(stream(_SEED, purpose), jnp.uint32(span.shortest * 2**16 + span.longest))
-    answers = group.task.answers(longest)
-    return draw_questions(key, group.task, n, shortest, longest, width, answers, bos)
+    shortest, longest = span.shortest + group.shift, span.longest + group.shift
+    questions = draw_questions(key, group.task(span), n, shortest, longest, width, group.answers(span), train.bos)
+    batches = jax.tree.map(lambda v: v.reshape(n // batch, batch, *v.shape[1:]), questions)
+    right, answers = count_correct(group.model, params, batches, train.runs_at_once)
+    return (np.asarray(right) / float(answers)).tolist()

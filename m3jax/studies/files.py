@@ -24,6 +24,8 @@ from m3jax.studies.config import StudyConfig
 from m3jax.studies.grid import Group
 from m3jax.studies.runs import RunsState
 
+_DO_NOT_MATTER = ("runs_at_once", "save_seconds")  # to what a run learns
+
 
 @dataclass
 class Training:
@@ -50,8 +52,8 @@ class GroupFiles:
         self._training, self._results = folder / f"{group.name}.npz", folder / f"{group.name}.json"
         self._trained_as = _plain({
             "model": dataclasses.asdict(group.model), "optimizer": dataclasses.asdict(study.optimizer),
-            "train": {k: v for k, v in dataclasses.asdict(study.train).items() if k != "save_seconds"},
-            "grid": {"task": group.task.name, "shift": group.shift, "runs": group.runs},
+            "train": {k: v for k, v in dataclasses.asdict(study.train).items() if k not in _DO_NOT_MATTER},
+            "grid": {"task": group.task_name, "shift": group.shift, "runs": group.runs},
         })  # fmt: skip
         self._evaluated_as = _plain(dataclasses.asdict(study.evaluation))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from m3jax.config import ModelConfig, one_of
-from m3jax.data.tasks import Task, get_task
+from m3jax.data.tasks import Task
 from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.models import model_config
 
@@ -25,14 +25,16 @@ class Group:
     """Runs of one model on one task.
 
     Attributes:
-      task: what is learned.
-      model_name: its key in MODELS.
+      task_name: what is learned, as the grid calls it.
+      chance: its chance level.
+      model_name: as the grid calls it.
       model: its config. Vocabularies are rounded up as the embedding is, so that tasks can share compiled programs.
       runs: every learning rate with every seed.
       shift: what is added to all lengths of the study.
     """
 
-    task: Task
+    task_name: str
+    chance: float
     model_name: str
     model: ModelConfig
     runs: tuple[Run, ...]
@@ -41,19 +43,23 @@ class Group:
     @property
     def name(self) -> str:
         """Names files: task, model and width."""
-        return f"{self.task.name}-{self.model_name}-{self.model.d_model}"
+        return f"{self.task_name}-{self.model_name}-{self.model.d_model}"
 
-    def span(self, shortest: int, longest: int) -> Span:
-        """Lengths of the study in the task's own count."""
-        return Span(shortest + self.shift, longest + self.shift)
+    def task(self, span: Span) -> Task:
+        """The task that a span's sequences are of."""
+        return span.task(self.task_name)
 
-    def width(self, longest: int, bos: bool) -> int:
-        """Positions of arrays for sequences of at most `longest`, in the study's count.
+    def width(self, span: Span, bos: bool) -> int:
+        """Positions of arrays for a span's sequences.
 
         Rounded up to a multiple of 8, so that tasks which count a position more or less have the same arrays.
         """
-        positions = self.task.positions(longest + self.shift) + bos
+        positions = self.task(span).positions(span.longest + self.shift) + bos
         return -(-positions // _POSITIONS) * _POSITIONS
+
+    def answers(self, span: Span) -> int:
+        """The most supervised positions of a span's sequences."""
+        return self.task(span).answers(span.longest + self.shift)
 
 
 def make_groups(
@@ -78,9 +84,9 @@ def make_groups(
     ):
         if (tasks and task_name not in tasks) or (models and model_name not in models):
             continue
-        task = get_task(task_name)
+        task = study.training_spans[0].task(task_name)
         tokens = task.vocab_size + study.train.bos
         vocab_size = -(-tokens // study.model.pad_vocab_multiple) * study.model.pad_vocab_multiple
         model = model_config(model_name, study.model, d_model, layers, vocab_size)
-        groups.append(Group(task, model_name, model, runs, grid.shift(task_name)))
+        groups.append(Group(task_name, task.chance, model_name, model, runs, grid.shift(task_name)))
     return groups

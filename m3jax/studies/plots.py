@@ -1,4 +1,4 @@
-"""Pictures of a study: accuracy by length and learning curves, with the spread over seeds."""
+"""Pictures of a study: accuracy by length or number of pairs, and learning curves, with the spread over seeds."""
 
 import math
 import statistics
@@ -26,27 +26,32 @@ def plot_task(path: Path, task: str, choices: Sequence["Choice"]) -> Path:
       The path.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
-    by_length, by_step = figure.subplots(1, 2)
+    by_size, by_step = figure.subplots(1, 2)
+    of_pairs = all("/" in label for label in choices[0].best)
     for choice in choices:
         labels = list(choice.best)
-        lengths = [math.sqrt(math.prod(_ends(label))) for label in labels]  # of a range its middle on the axis
-        _band(by_length, choice.model, lengths, [choice.accuracies(label) for label in labels], marker="o")
+        sizes = [int(label.partition("/")[2]) if of_pairs else _middle(label) for label in labels]
+        _band(by_size, choice.model, sizes, [choice.accuracies(label) for label in labels], marker="o")
         blocks = zip(*(run["accuracy"] for run in choice.runs), strict=True)
         _band(by_step, choice.model, choice.group["steps"], list(blocks))
-    for axes, xlabel, title in ((by_length, "length", "test"), (by_step, "step", "training")):
+    for axes, xlabel, title in (
+        (by_size, "pairs" if of_pairs else "length", "test"),
+        (by_step, "step", "training"),
+    ):
         axes.axhline(choices[0].group["chance"], color="grey", linestyle=":", linewidth=1)
         axes.set(xlabel=xlabel, ylabel="accuracy", title=f"{task}, {title}", ylim=(None, 1.02))
         axes.grid(alpha=0.3)
-    by_length.set_xscale("log", base=2)
-    by_length.xaxis.set_major_formatter(ScalarFormatter())
-    by_length.legend(fontsize="small")
+    by_size.set_xscale("log", base=2)
+    by_size.xaxis.set_major_formatter(ScalarFormatter())
+    by_size.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return path
 
 
-def _ends(label: str) -> tuple[int, int]:
-    low, _, high = label.partition("-")
-    return int(low), int(high or low)
+def _middle(label: str) -> float:
+    """Of the lengths, on the axis."""
+    low, _, high = label.partition("/")[0].partition("-")
+    return math.sqrt(int(low) * int(high or low))
 
 
 def _band(axes: Axes, name: str, x: Sequence[float], values: Sequence[Sequence[float]], **style) -> None:

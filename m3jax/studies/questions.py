@@ -59,18 +59,18 @@ def draw_questions(
 
 @functools.partial(jax.jit, static_argnames=("task", "batch_size", "width", "answers", "bos"))
 def draw_block(
-    seeds: jax.Array, first_step: jax.Array, longest: jax.Array, *, task: Task, batch_size: int, shortest: int,
+    seeds: jax.Array, steps: jax.Array, shortest: jax.Array, longest: jax.Array, *, task: Task, batch_size: int,
     width: int, answers: int, bos: bool,
 ) -> Questions:  # fmt: skip
     """Draws the batches of several steps for several seeds; what a step draws depends on its number and width alone.
 
     Args:
       seeds: int32 [s].
-      first_step: [] int32.
-      longest: int32 [n], of every step.
+      steps: int32 [n], their numbers.
+      shortest: int32 [n], of every step.
+      longest: int32 [n], likewise.
       task: what is asked; it and the rest as in `draw_questions`.
       batch_size: b.
-      shortest: least length.
       width: w.
       answers: k.
       bos: whether a token of its own comes first.
@@ -79,10 +79,9 @@ def draw_block(
       Arrays [n, s, b, ...].
     """
 
-    def draw(step: jax.Array, longest: jax.Array, seed: jax.Array) -> Questions:
+    def draw(step: jax.Array, shortest: jax.Array, longest: jax.Array, seed: jax.Array) -> Questions:
         key = jax.random.fold_in(stream(seed, DATA), step)
         return draw_questions(key, task, batch_size, shortest, longest, width, answers, bos)
 
-    steps = first_step + jnp.arange(longest.shape[0])
-    over_seeds = jax.vmap(draw, in_axes=(None, None, 0))
-    return jax.vmap(over_seeds, in_axes=(0, 0, None))(steps, longest, seeds)
+    over_seeds = jax.vmap(draw, in_axes=(None, None, None, 0))
+    return jax.vmap(over_seeds, in_axes=(0, 0, 0, None))(steps, shortest, longest, seeds)

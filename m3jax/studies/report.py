@@ -20,6 +20,7 @@ from m3jax.studies.files import GroupFiles, write_text
 from m3jax.studies.grid import make_groups
 from m3jax.studies.plots import plot_task
 
+_LIKE_NONE = 1e-3  # chance levels under it change no digit that matters
 Results = dict[str, Any]
 
 
@@ -73,27 +74,36 @@ def by_task(groups: Sequence[Results]) -> dict[str, list[Choice]]:
 
 
 def tables(groups: Sequence[Results]) -> str:
-    """Markdown: for every task the scaled accuracies, then the raw ones."""
+    """Markdown: for every task the scaled accuracies, unless chance is next to nothing, then the raw ones."""
     text = [
         "Accuracy in percent: the median over the seeds of the setting chosen on validation sequences, and in brackets "
-        "the best of all runs. Scaled: 0 is guessing, 100 no error."
+        "the best of all runs. Scaled: 0 is guessing, 100 no error. State: what decoding keeps of a sequence of the "
+        "longest test, kB per layer on average. N/P: sequences of N tokens with P pairs."
     ]
     for task, choices in by_task(groups).items():
         chance = choices[0].group["chance"]
         layers = choices[0].group["n_layers"]
         text.append(f"## {task}, {layers} layer{'s' if layers > 1 else ''}, chance {100 * chance:.3g} %")
-        text.append(_table("scaled", choices, lambda accuracy, chance=chance: scaled_accuracy(accuracy, chance)))
+        if chance >= _LIKE_NONE:
+            text.append(_table("scaled", choices, lambda accuracy, chance=chance: scaled_accuracy(accuracy, chance)))
         text.append(_table("raw", choices, lambda accuracy: accuracy))
     return "\n\n".join(text) + "\n"
 
 
 def _table(name: str, choices: Sequence[Choice], scale) -> str:
     labels = list(choices[0].best)
-    head = [f"{name}", "parameters", "width", "learning rate", "seeds", "runs", *(f"at {label}" for label in labels)]
+    head = [name, "parameters", "state", "width", "learning rate", "steps", "seeds", "runs"]
+    head += [f"at {label}" for label in labels]
     rows = [head, ["---"] * len(head)]
     for choice in choices:
-        row = [choice.model, f"{choice.group['parameters']:,}", str(choice.group["d_model"])]
-        row += [f"{choice.learning_rate:.2g}", str(len(choice.runs)), str(choice.n_runs)]
+        row = [choice.model, f"{choice.group['parameters']:,}"]
+        row += [f"{choice.group['state_bytes'] / choice.group['n_layers'] / 1000:,.1f}", str(choice.group["d_model"])]
+        row += [
+            f"{choice.learning_rate:.2g}",
+            f"{choice.group['steps'][-1]:,}",
+            str(len(choice.runs)),
+            str(choice.n_runs),
+        ]
         for label in labels:
             median = statistics.median(choice.accuracies(label))
             row.append(f"{100 * scale(median):.2f} ({100 * scale(choice.best[label]):.2f})")

@@ -7,6 +7,7 @@ Letters: r runs, s seeds, n steps of a block, b sequences, w positions, k superv
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Recipe:
     model: ModelConfig
     optimizer: OptimizerConfig  # without its learning rate
     steps: int  # of the whole schedule
+    runs_at_once: int = 0  # computed together; 0 = all
 
 
 class RunsState(NamedTuple):
@@ -68,7 +70,8 @@ def train_block(
     learning_rates: jax.Array,
     data_of_run: jax.Array,
     first_step: jax.Array,
-    questions: Questions,
+    kind_and_place: jax.Array,
+    questions: Sequence[Questions],
 ) -> tuple[RunsState, BlockMetrics]:
     """Takes a step of all runs for every batch.
 
@@ -78,24 +81,36 @@ def train_block(
       learning_rates: their peaks, float32 [r].
       data_of_run: int32 [r], which of the s batches of a step a run sees.
       first_step: [] int32, steps taken before.
-      questions: [n, s, b, ...].
+      kind_and_place: int32 [n, 2], which of the questions a step takes, and which of their batches.
+      questions: of every kind, which are those whose arrays have different shapes, [batches, s, b, ...].
 
     Returns:
       The state after the block, and means over its steps.
     """
-    one_run = jax.vmap(functools.partial(_step, recipe), in_axes=(0, 0, 0, None))
 
-    def step(state: RunsState, inputs: tuple[jax.Array, Questions]) -> tuple[RunsState, BlockMetrics]:
-        number, batches = inputs
-        return one_run(state, learning_rates, jax.tree.map(lambda v: v[data_of_run], batches), number)
+    def step(state: RunsState, inputs: tuple[jax.Array, jax.Array]) -> tuple[RunsState, BlockMetrics]:
+        number, (kind, place) = inputs
+        one_run = over_runs(functools.partial(_step, recipe, number), recipe.runs_at_once)
 
-    numbers = first_step + 1 + jnp.arange(questions.tokens.shape[0])
-    state, metrics = jax.lax.scan(step, state, (numbers, questions))
+        def train_on(of_kind: Questions, state: RunsState) -> tuple[RunsState, BlockMetrics]:
+            return one_run(state, learning_rates, jax.tree.map(lambda v: v[place][data_of_run], of_kind))
+
+        return jax.lax.switch(kind, [functools.partial(train_on, of_kind) for of_kind in questions], state)
+
+    numbers = first_step + 1 + jnp.arange(kind_and_place.shape[0])
+    state, metrics = jax.lax.scan(step, state, (numbers, kind_and_place))
     return state, jax.tree.map(lambda v: v.mean(axis=0), metrics)
 
 
+def over_runs(function: Callable[..., PyTree], at_once: int) -> Callable[..., PyTree]:
+    """Maps a function over the runs, the first axis of its arguments, `at_once` of them together; 0 = all."""
+    if not at_once:
+        return jax.vmap(function)
+    return lambda *arguments: jax.lax.map(lambda of_run: function(*of_run), arguments, batch_size=at_once)
+
+
 def _step(
-    recipe: Recipe, state: RunsState, learning_rate: jax.Array, batch: Questions, number: jax.Array
+    recipe: Recipe, number: jax.Array, state: RunsState, learning_rate: jax.Array, batch: Questions
 ) -> tuple[RunsState, BlockMetrics]:
     """One step of one run."""
 
@@ -115,25 +130,30 @@ def _step(
     return state, BlockMetrics(loss, accuracy, 1.0 - finite)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def count_correct(model: ModelConfig, params: PyTree, questions: Questions) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def count_correct(
+    model: ModelConfig, params: PyTree, questions: Questions, runs_at_once: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Counts right answers of every run on the same sequences.
 
     Args:
       model: of the runs.
       params: [r, ...].
       questions: [n, b, ...], n batches one after another.
+      runs_at_once: so many are computed together; 0 = all.
 
     Returns:
       float32 [r], right answers, and [], all answers.
     """
 
-    def batch_of_run(params: PyTree, batch: Questions) -> jax.Array:
+    def batch_of_run(batch: Questions, params: PyTree) -> jax.Array:
         right = jnp.argmax(_answers(model, params, batch), axis=-1) == batch.targets
         return jnp.sum(right & batch.real, dtype=jnp.float32)
 
-    over_runs = jax.vmap(batch_of_run, in_axes=(0, None))
-    counts = jax.lax.map(lambda batch: over_runs(params, batch), questions)
+    def of_runs(batch: Questions) -> jax.Array:
+        return over_runs(functools.partial(batch_of_run, batch), runs_at_once)(params)
+
+    counts = jax.lax.map(of_runs, questions)
     return counts.sum(axis=0), jnp.sum(questions.real, dtype=jnp.float32)
 
 

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m3jax.studies.config import StudyConfig
+from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.evaluation import Accuracies, evaluate_group
 from m3jax.studies.files import GroupFiles, Training
 from m3jax.studies.grid import Group
-from m3jax.studies.questions import draw_block
+from m3jax.studies.models import state_bytes
+from m3jax.studies.questions import Questions, draw_block
 from m3jax.studies.runs import BlockMetrics, Recipe, init_runs, train_block
 from m3jax.training.interrupt import StopRequest
 from m3jax.training.progress import LiveLine, format_seconds
@@ -52,7 +53,7 @@ def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> boo
                 line.message(f"{stop.signal_name}: stopped. Run the same command again to continue.")
                 return False
             accuracies = evaluate_group(study, group, trainer.training.state.params)
-            results = _results(group, trainer.training, accuracies)
+            results = _results(study, group, trainer.training, accuracies)
             files.save_results(results)
             line.message(f"{place}: {_summary(accuracies)}; trained for {format_seconds(results['seconds'])}")
     return True
@@ -68,9 +69,9 @@ class GroupTrainer:
     def __init__(self, study: StudyConfig, group: Group, files: GroupFiles):
         """Takes up what the files have, or initialises."""
         self._train, self._group, self._files = study.train, group, files
-        self._recipe = Recipe(group.model, study.optimizer, study.train.steps)
+        self._recipe = Recipe(group.model, study.optimizer, study.train.steps, study.train.runs_at_once)
         stages = study.train.curriculum
-        self._longest = np.repeat([stage.longest for stage in stages], [stage.steps for stage in stages])
+        self._spans = [stage.spans[i % len(stage.spans)] for stage in stages for i in range(stage.steps)]
         seeds = [run.seed for run in group.runs]
         self._seeds = np.unique(seeds).astype(np.int32)
         self._data_of_run = jnp.asarray(np.searchsorted(self._seeds, seeds), jnp.int32)
@@ -79,37 +80,67 @@ class GroupTrainer:
         self.training = files.load_training(initial) or Training(initial)
 
     def train(self, line: LiveLine, stop: StopRequest, place: str) -> bool:
-        """Trains to the last step; False when a signal ended it early. What was trained is saved in either case."""
+        """Trains to the end; False when a signal came first. What was trained is saved in either case."""
         self._last_read = saved = time.monotonic()
         self._logged = -math.inf
         training, unread = self.training, None
-        while training.step < self._train.steps:
+        while training.step < self._train.steps and not self._learned():
             training.state, metrics = train_block(*self.block(training.step))
             training.step += self._train.block_steps
             if unread is not None:
                 self._read(unread, line, place)
             unread = metrics
             stopping = stop.pending(ask_others=False)
-            if stopping or training.step == self._train.steps or time.monotonic() - saved >= self._train.save_seconds:
+            late = time.monotonic() - saved >= self._train.save_seconds
+            saving = stopping or late or training.step == self._train.steps
+            if saving or self._train.stop_accuracy:  # these numbers decide whether there is another block
                 self._read(unread, line, place)
                 unread = None
+            if saving or self._learned():
                 self._files.save_training(training)
                 saved = time.monotonic()
             if stopping:
                 return False
         return True
 
+    def _learned(self) -> bool:
+        """Whether all seeds of a learning rate reached train.stop_accuracy in the last block that was read."""
+        blocks = self.training.curves.get("accuracy")
+        if not blocks or not self._train.stop_accuracy:
+            return False
+        of_rate: dict[float, list[float]] = {}
+        for run, accuracy in zip(self._group.runs, blocks[-1], strict=True):
+            of_rate.setdefault(run.learning_rate, []).append(accuracy)
+        return any(min(seeds) >= self._train.stop_accuracy for seeds in of_rate.values())
+
     def block(self, step: int) -> tuple:
         """The arguments of train_block for the block that starts after `step` steps."""
+        spans = self._spans[step : step + self._train.block_steps]
+        kinds: dict[int, dict[int | None, list[int]]] = {}  # {length of arrays: {pairs: steps of the block}}
+        for i, span in enumerate(spans):
+            array = next(length for length in self._train.arrays if length >= span.longest)
+            kinds.setdefault(array, {}).setdefault(span.pairs, []).append(i)
+        kind_and_place = np.zeros((len(spans), 2), np.int32)
+        questions = []
+        for kind, (array, of_pairs) in enumerate(kinds.items()):
+            steps = [i for of_task in of_pairs.values() for i in of_task]
+            kind_and_place[steps] = [(kind, place) for place in range(len(steps))]
+            answers = max(self._group.answers(Span(array, array, pairs)) for pairs in of_pairs)
+            drawn = [self._draw(step, spans, of_task, array, answers) for of_task in of_pairs.values()]
+            questions.append(jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *drawn))
+        return (self._recipe, self.training.state, self._rates, self._data_of_run, jnp.int32(step),
+                jnp.asarray(kind_and_place), tuple(questions))  # fmt: skip
+
+    def _draw(self, before: int, spans: Sequence[Span], steps: list[int], array: int, answers: int) -> Questions:
+        """Draws the batches of a block's steps with one task into arrays for the length `array`."""
         train, group = self._train, self._group
-        longest = self._longest[step : step + train.block_steps]
-        array = next(length for length in train.arrays if length >= longest.max())
-        questions = draw_block(
-            jnp.asarray(self._seeds), jnp.int32(step), jnp.asarray(longest + group.shift, jnp.int32), task=group.task,
-            batch_size=train.batch_size, shortest=train.shortest + group.shift, width=group.width(array, train.bos),
-            answers=group.task.answers(array + group.shift), bos=train.bos,
+        lengths = np.array([spans[i][:2] for i in steps]) + group.shift
+        widest = Span(array, array, spans[steps[0]].pairs)
+        return draw_block(
+            jnp.asarray(self._seeds), *(jnp.asarray(v, jnp.int32) for v in (before + np.array(steps), *lengths.T)),
+            task=group.task(widest), batch_size=train.batch_size, width=group.width(widest, train.bos),
+            answers=answers, bos=train.bos,
         )  # fmt: skip
-        return self._recipe, self.training.state, self._rates, self._data_of_run, jnp.int32(step), questions
 
     def _read(self, metrics: BlockMetrics, line: LiveLine, place: str) -> None:
         """Waits for a block's numbers and notes them."""
@@ -135,11 +166,12 @@ class GroupTrainer:
         )  # fmt: skip
 
 
-def _results(group: Group, training: Training, accuracies: Accuracies) -> dict[str, Any]:
+def _results(study: StudyConfig, group: Group, training: Training, accuracies: Accuracies) -> dict[str, Any]:
     """What is reported of a finished group."""
     curves = training.curves
     steps_of_block, seconds = curves["step"][0], curves["seconds"]
     one_run = jax.tree.leaves(training.state.params)
+    most_positions = max(group.width(span, study.train.bos) for span in study.evaluation.spans)
     runs = [
         run._asdict()
         | {name: {label: values[i] for label, values in of_set.items()} for name, of_set in accuracies.items()}
@@ -148,12 +180,13 @@ def _results(group: Group, training: Training, accuracies: Accuracies) -> dict[s
         for i, run in enumerate(group.runs)
     ]
     return {
-        "task": group.task.name,
-        "chance": group.task.chance,
+        "task": group.task_name,
+        "chance": group.chance,
         "model": group.model_name,
         "d_model": group.model.d_model,
         "n_layers": group.model.n_layers,
         "parameters": sum(leaf.size for leaf in one_run) // len(group.runs),
+        "state_bytes": state_bytes(group.model, most_positions),
         "seconds": sum(seconds),
         "steps_per_second": steps_of_block / statistics.median(seconds),
         "steps": curves["step"],

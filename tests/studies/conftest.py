@@ -14,6 +14,16 @@ _SMALL = {
     "evaluation": {"lengths": "6,4-12", "sequences": 12},
 }
 
+# What makes it one of recall: three settings that take turns, two of which have arrays of the same length.
+RECALL = {
+    "grid__tasks": "mqar_few:1",
+    "grid__models": "transformer",
+    "train__stages": "8/2 16/4 16/2:6",
+    "train__shortest": 0,
+    "train__array_lengths": "8,16",
+    "evaluation__lengths": "8/2,16/4",
+}
+
 
 @pytest.fixture(scope="session")
 def small_study():

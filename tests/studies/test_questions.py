@@ -25,15 +25,15 @@ def test_answers_are_where_the_task_wants_them():
 
 def test_block_follows_the_curriculum_and_its_steps():
     task = get_task("parity")
-    options = {"task": task, "batch_size": 64, "shortest": 3, "width": 11, "answers": 1, "bos": False}
-    longest = jnp.array([4, 4, 12, 6])
+    options = {"task": task, "batch_size": 64, "width": 11, "answers": 1, "bos": False}
+    steps, shortest, longest = jnp.arange(10, 14), jnp.full(4, 3), jnp.array([4, 4, 12, 6])
     seeds = jnp.array([5, 7])
-    block = draw_block(seeds, jnp.int32(10), longest, **options)
+    block = draw_block(seeds, steps, shortest, longest, **options)
     assert block.tokens.shape == (4, 2, 64, 11) and block.targets.shape == (4, 2, 64, 1)
     lengths = np.asarray((block.tokens > 0).sum(axis=-1)) + 1
     assert (lengths.max(axis=(1, 2)) == longest).all() and (lengths.min(axis=(1, 2)) == 3).all()
     # A step's draw depends on its number and seed, not on the block or the other seeds.
-    alone = draw_block(seeds[1:], jnp.int32(12), longest[2:], **options)
+    alone = draw_block(seeds[1:], steps[2:], shortest[2:], longest[2:], **options)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b[2:, 1:]).all()), alone, block))
     assert not (block.tokens[0, 0] == block.tokens[1, 0]).all()
     assert not (block.tokens[0, 0] == block.tokens[0, 1]).all()

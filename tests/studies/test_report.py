@@ -13,7 +13,7 @@ def group(task, model, width, accuracies, chance=0.5):
         for (rate, seed), (validation, test) in accuracies.items()
     ]  # fmt: skip
     return {"task": task, "model": model, "d_model": width, "n_layers": 1, "chance": chance, "parameters": 1234,
-            "seconds": 1.0, "steps_per_second": 1.0, "steps": [1], "runs": runs}  # fmt: skip
+            "state_bytes": 5600, "seconds": 1.0, "steps_per_second": 1.0, "steps": [1], "runs": runs}  # fmt: skip
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_tables(groups):
     assert "## parity, 1 layer, chance 50 %" in text and "## modular_arithmetic, 1 layer, chance 20 %" in text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     scaled, raw = (row for row in rows if row[0] == "mamba3_siso")
-    assert scaled == ["mamba3_siso", "1,234", "32", "0.001", "3", "7", "20.00 (100.00)"]
+    assert scaled == ["mamba3_siso", "1,234", "5.6", "32", "0.001", "1", "3", "7", "20.00 (100.00)"]
     assert raw[-1] == "60.00 (100.00)"
     parity, _, arithmetic, _ = (row[-1] for row in rows if row[0] == "mamba2")
     assert (parity, arithmetic) == ("-10.00 (-10.00)", "50.00 (50.00)")

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3jax.studies.config import Span
 from m3jax.studies.grid import Run, make_groups
 from m3jax.studies.models import MODELS
 from m3jax.studies.questions import draw_block
-from m3jax.studies.runs import Recipe, init_runs, train_block
+from m3jax.studies.runs import Recipe, init_runs, over_runs, train_block
 from tests.tolerances import assert_close, rounding
 
 STEPS = 4
@@ -20,15 +21,17 @@ STEPS = 4
 def train(study, group, steps=STEPS, train_block=train_block):
     """The state and the metrics after the first steps of a group."""
     seeds = sorted({run.seed for run in group.runs})
+    numbers, span = jnp.arange(steps), Span(3, 8)
     questions = draw_block(
-        jnp.array(seeds), jnp.int32(0), jnp.full(steps, 8), task=group.task, batch_size=study.train.batch_size,
-        shortest=3, width=group.width(8, False), answers=1, bos=False,
+        jnp.array(seeds), numbers, jnp.full(steps, 3), jnp.full(steps, 8), task=group.task(span),
+        batch_size=study.train.batch_size, width=group.width(span, False), answers=1, bos=False,
     )  # fmt: skip
-    recipe = Recipe(group.model, study.optimizer, study.train.steps)
+    recipe = Recipe(group.model, study.optimizer, study.train.steps, study.train.runs_at_once)
     state = init_runs(recipe, jnp.array([run.seed for run in group.runs]))
     rates = jnp.array([run.learning_rate for run in group.runs])
     data_of_run = jnp.array([seeds.index(run.seed) for run in group.runs])
-    return train_block(recipe, state, rates, data_of_run, jnp.int32(0), questions)
+    kind_and_place = jnp.stack([jnp.zeros_like(numbers), numbers], axis=1)
+    return train_block(recipe, state, rates, data_of_run, jnp.int32(0), kind_and_place, (questions,))
 
 
 def test_a_run_among_others_is_as_alone(small_study):
@@ -41,10 +44,16 @@ def test_a_run_among_others_is_as_alone(small_study):
     assert len({float(loss) for loss in metrics.loss[:4]}) == 4
     alone, own = train(study, dataclasses.replace(group, runs=group.runs[3:]))
     # Adam divides by the gradient's size: a relative error of the gradient moves an update by as much of the rate.
-    terms = STEPS * study.train.batch_size * group.width(8, False) * group.model.d_model
+    terms = STEPS * study.train.batch_size * group.width(Span(3, 8), False) * group.model.d_model
     for (path, one), many in zip(jax.tree.leaves_with_path(alone.params), jax.tree.leaves(state.params), strict=True):
         assert_close(many[3], one[0], rounding(jnp.float32, terms), jax.tree_util.keystr(path))
     assert_close(metrics.loss[3:4], own.loss, rounding(jnp.float32, terms), "loss")
+
+
+def test_few_runs_at_once_are_all_runs():
+    matrices, vectors = jnp.arange(24.0).reshape(4, 3, 2), jnp.arange(8.0).reshape(4, 2)
+    for at_once in (1, 2):
+        assert (over_runs(jnp.matmul, at_once)(matrices, vectors) == jax.vmap(jnp.matmul)(matrices, vectors)).all()
 
 
 def test_learning_rates_share_initialisation_and_data(small_study):
@@ -58,6 +67,6 @@ def test_learning_rates_share_initialisation_and_data(small_study):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_maps_over_runs(small_study, name):
-    study = small_study(grid__models=name, grid__seeds=1, model__d_state=8)
+    study = small_study(grid__tasks="parity:2", grid__models=name, grid__seeds=1, model__d_state=8)
     (group,) = make_groups(study)
     jax.eval_shape(functools.partial(train, study, group, 1, train_block.__wrapped__))

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from m3jax.studies import sweep
 from m3jax.studies.files import GroupFiles
 from m3jax.studies.grid import make_groups
 from m3jax.studies.report import write_report
+from tests.studies.conftest import RECALL
 
 
 class Killed(BaseException):
@@ -44,6 +46,22 @@ def test_results(small_study, whole):
     assert json.loads(paths[0].read_text())["groups"] == [results]
 
 
+def test_steps_take_turns_and_every_setting_is_measured(small_study, tmp_path):
+    study = small_study(**RECALL)
+    _, results = run(study, tmp_path)
+    for result in results["runs"]:
+        assert list(result["test"]) == list(result["validation"]) == ["8/2", "16/4"]
+    (group,) = make_groups(study)
+    with jax.default_matmul_precision(study.train.matmul_precision):  # as in a sweep, whose programs it shares
+        trainer = sweep.GroupTrainer(study, group, GroupFiles(tmp_path, study, group))
+        *_, kind_and_place, (short, long) = trainer.block(3)
+    assert kind_and_place.tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert short.tokens.shape == (1, 2, 4, 8) and short.real.sum(axis=-1).tolist() == [[[2] * 4] * 2]
+    assert long.tokens.shape == (2, 2, 4, 16) and long.real.sum(axis=-1).tolist() == [[[4] * 4] * 2, [[2] * 4] * 2]
+    text = write_report(tmp_path, study, "the command", None)[1].read_text()
+    assert "| at 8/2 | at 16/4 |" in text and f"| {results['parameters']:,} |" in text
+
+
 def test_killed_and_resumed_is_bit_equal(small_study, whole, tmp_path, monkeypatch):
     save = GroupFiles.save_training
     with monkeypatch.context() as patch:
@@ -62,6 +80,16 @@ def test_killed_and_resumed_is_bit_equal(small_study, whole, tmp_path, monkeypat
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, expected_arrays[name])
     assert results["runs"] == expected["runs"] and results["steps"] == expected["steps"]
+
+
+def test_a_group_ends_when_all_seeds_of_a_learning_rate_have_learned(small_study, tmp_path):
+    study = small_study(train__stop_accuracy=0.9)
+    (group,) = make_groups(study)
+    trainer = sweep.GroupTrainer(study, group, GroupFiles(tmp_path, study, group))
+    for last, ends in (([1.0, 0.5, 0.5, 1.0], False), ([0.5, 0.5, 0.9, 1.0], True), ([0.9, 0.9, 0.5, 0.5], True)):
+        trainer.training.curves["accuracy"] = [[1.0] * 4, last]
+        assert trainer._learned() == ends
+    assert trainer.train(None, None, "") and trainer.training.step == 0
 
 
 def test_finished_groups_are_skipped_and_only_measured_again(small_study, whole, monkeypatch):
