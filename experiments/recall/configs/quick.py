@@ -1,11 +1,12 @@
 """Recall in minutes on two CPU cores: four pairs in 16 tokens, 64 tokens in all.
 
-Two layers of width 64 and one recipe for all models; what each finds within 1,200 steps differs. Tested with as many
+Two layers of width 64 and one recipe for all models; what each finds within 800 steps differs. Tested with as many
 pairs as in training, and with more of them in longer sequences.
 
 python experiments/recall/sweep.py --config quick
 
-Not run yet.
+Two CPU cores, 2026-11-26, 2:36: of 16/4 the models with attention answer 99 % and more, Mamba-3 SISO 46 %, Mamba-2 42 %
+(docs/recall.md).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
     config.model.headdim = 32
     config.model.d_state = 32
     config.optimizer.warmup_fraction = 0.1
-    config.train.stages = "16/2:200,16/4:1000"
+    config.train.stages = "16/2:200,16/4:600"
     config.train.shortest = 0
     config.train.array_lengths = "16"
     config.train.batch_size = 64
