@@ -7,7 +7,8 @@ fast destroys long ones.
 
 python experiments/state_tracking/sweep.py --config parity_quick
 
-Not run yet.
+Two CPU cores busy with other work, 2026-11-26, five seeds: Mamba-3 100 % right at 192 and 256 in the median (all five
+at least 99.8 %), 54.0 % at 512; without rotation 49.8 to 49.9 %. 279 s of processor time, 12 minutes there.
 """
 
 from ml_collections import ConfigDict
