@@ -37,8 +37,8 @@ def test_needs_a_new_jax_or_a_hopper_gpu():
     ({"n": 64, "s": 16}, {}, "n = 64"),
     ({"s": 64}, {}, "s = 64"),
     ({"s": 0}, {}, None),
-    ({"r": 2}, {}, None),
-    ({"r": 4}, {"chunk_size": 32}, None),
+    ({"r": 2}, {"chunk_size": T // 2}, None),
+    ({"r": 4}, {"chunk_size": T // 4}, None),
     ({"r": 4}, {"chunk_size": T}, "chunk_size = 64"),
     ({"r": 8}, {}, "rank 8"),
     ({}, {"mimo": True}, "MIMO weights"),
@@ -62,7 +62,7 @@ def test_refusals_name_the_reason(monkeypatch, change, options, reason):
 SHAPES = [(8, 2048, 64), (1, 16384, 64), (1, 2048, 64), (1, 1, 1), (1, 4100, 24)]
 
 
-@pytest.mark.parametrize("positions", [T, 32])
+@pytest.mark.parametrize("positions", [T, T // 2, T // 4])
 @pytest.mark.parametrize(("batch", "length", "heads"), SHAPES)
 def test_segments_cover_the_sequence(batch, length, heads, positions):
     chunks, segments = math.ceil(length / positions), scan.choose_segments(batch, length, heads, positions)
