@@ -42,6 +42,7 @@ def plot_task(path: Path, task: str, choices: Sequence["Choice"]) -> Path:
         axes.set(xlabel=xlabel, ylabel="accuracy", title=f"{task}, {title}", ylim=(None, 1.02))
         axes.grid(alpha=0.3)
     by_size.set_xscale("log", base=2)
+    by_size.set_xticks(sizes)
     by_size.xaxis.set_major_formatter(ScalarFormatter())
     by_size.legend(fontsize="small")
     figure.savefig(path, dpi=150)
