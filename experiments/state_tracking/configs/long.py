@@ -7,7 +7,7 @@ python experiments/state_tracking/sweep.py --config long
 
 One H100, 2026-11-26, five seeds (docs/state_tracking.md, docs/measurements/parity_long.json): Mamba-3 SISO 100 % right
 at 1,024 in the median, 61.6 % at 2,048; Gated DeltaNet with negative eigenvalues 99.4 and 91.9 %; the other three
-models of that run, in which Mamba-2 and MIMO did not finish, at chance.
+models of that run, in which Mamba-2 and MIMO did not finish, at chance. An earlier trainer, which drew other batches.
 """
 
 import runpy
