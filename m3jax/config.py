@@ -95,12 +95,12 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
-        return _round_up(self.vocab_size, self.pad_vocab_multiple)
+        return round_up(self.vocab_size, self.pad_vocab_multiple)
 
     @property
     def d_mlp(self) -> int:
         """Width of the MLP as built, d_intermediate rounded up to a multiple of 128."""
-        return _round_up(self.d_intermediate, 128)
+        return round_up(self.d_intermediate, 128)
 
 
 @dataclass(frozen=True)
@@ -349,5 +349,6 @@ def one_of(key: str, value: str, choices: Iterable[str]) -> None:
         raise ConfigError(f"config.{key} = {value!r}: expected one of {', '.join(choices)}.{nearest}")
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """Returns the least multiple of `multiple` that is not under `value`."""
     return -(-value // multiple) * multiple

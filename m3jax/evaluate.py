@@ -52,7 +52,11 @@ def _parser() -> Parser:
     add("--step", type=int, help="which checkpoint (default: the newest)")
     add("--ema", action="store_true", help="measure the moving average of the parameters")
     add("--batches", type=int, default=0, help="how many batches (default: all held-out data)")
-    add("--both-a-activations", action="store_true", help="measure with either model.a_activation and say which is it")
+    add(
+        "--both-a-activations",
+        action="store_true",
+        help="measure with either model.a_activation, say which loss is lower",
+    )
     add("--json", metavar="FILE", help="write the numbers there too")
     return parser
 

@@ -29,7 +29,7 @@ from m3jax.kernels import Mamba3State
 from m3jax.kernels.mamba3 import reference
 from m3jax.kernels.mamba3.inputs import Sequence, Weights
 from m3jax.kernels.mamba3.triton import step as triton_step
-from m3jax.kernels.mamba3.triton.launch import launch
+from m3jax.kernels.triton_launch import launch
 
 HEADS, HEADDIM, D_STATE, ANGLES = 64, 64, 128, 32
 ROUNDS = 100

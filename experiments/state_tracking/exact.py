@@ -26,6 +26,7 @@ from m3jax.config import ModelConfig
 from m3jax.data.tasks import Task, get_task, word_problem
 from m3jax.data.tasks.word_problem import cyclic_table, permutation_table
 from m3jax.models.language_model import LanguageModel
+from m3jax.models.mamba3 import projection_widths
 from m3jax.models.norm import EPSILON
 
 ROWS = 4  # sequences of a task
@@ -151,19 +152,18 @@ def _mixer(
       step_size: Δ of every token and head.
     """
     h, n, s = config.n_heads, config.d_state, config.n_angles
-    z, x, b, c, dt, a, lam, theta = np.split(np.zeros((config.d_model, 5 * h + 2 * n + s)),
-                                             np.cumsum([h, h, n, n, h, h, h]), axis=1)  # fmt: skip
-    a[ONE], lam[ONE] = _NO_DECAY, _SATURATED
+    columns = {name: np.zeros((config.d_model, width)) for name, width in projection_widths(config).items()}
+    columns["a"][ONE], columns["lam"][ONE] = _NO_DECAY, _SATURATED
     for angle, (coordinate, factor) in enumerate(turns):
-        theta[coordinate, angle] = factor
+        columns["omega"][coordinate, angle] = factor
     b_bias, c_bias, out = np.zeros((h, 1, n)), np.zeros((h, 1, n)), np.zeros((h, config.d_model))
     for i, head in enumerate(heads):
-        x[WRITE, i] = z[head.gate, i] = 1
+        columns["x"][WRITE, i] = columns["z"][head.gate, i] = 1
         b_bias[i, 0, head.angle] = 1  # the real part of the pair
         c_bias[i, 0, head.angle + s * head.sine] = -1 if head.sine else 1
         out[i, head.out] = 1 / (step_size * float(jax.nn.silu(1.0)))  # 1 where 1 was written and the gate is at 1
     return {
-        "in_proj": {"kernel": np.concatenate([z, x, b, c, dt, a, lam, theta], axis=1)},
+        "in_proj": {"kernel": np.concatenate([*columns.values()], axis=1)},
         "out_proj": {"kernel": out},
         "dt_bias": np.full(h, math.log(math.expm1(step_size))),
         "b_norm": {"scale": np.ones(n)},

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from ..mamba3.triton.launch import launch
+from ..triton_launch import launch
 from .inputs import Sequence
 
 _OPERANDS = (jnp.float32, jnp.bfloat16, jnp.float16)

@@ -1,14 +1,37 @@
-"""Directories that either exist whole or not at all, whoever is killed when."""
+"""Directories and files that either exist whole or not at all, whoever is killed when."""
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
 
 from m3jax.errors import DataError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a file for writing. When the block ends it has its name and is on disk; until then the old one has it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open(mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Waits until what a file has, or which files a directory has, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def build_once(directory: Path, build: Callable[[Path], None]) -> None:
@@ -64,17 +87,9 @@ def _build(directory: Path, partial: Path, build: Callable[[Path], None]) -> Non
     partial.mkdir()
     try:
         build(partial)
-        _flush(partial)
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _flush(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

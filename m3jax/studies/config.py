@@ -140,7 +140,7 @@ class EvaluationConfig:
 
 
 def _shared_model() -> ModelConfig:
-    # Kernels for GPUs cannot be mapped over runs, and at these sizes there is memory for all activations.
+    # Kernels for GPUs would take one run after another, and at these sizes there is memory for all activations.
     return ModelConfig(d_intermediate=0, d_state=64, dtype="float32", remat="none", scan_implementation="xla")
 
 

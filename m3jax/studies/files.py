@@ -10,7 +10,6 @@ are of; a study whose config asks for something else is refused, but for the eva
 
 import dataclasses
 import json
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from m3jax.data.atomic import whole_file
 from m3jax.errors import CheckpointError
 from m3jax.studies.config import StudyConfig
 from m3jax.studies.grid import Group
 from m3jax.studies.runs import RunsState
+from m3jax.training.manifest import write_json
 
 _DO_NOT_MATTER = ("runs_at_once", "save_seconds")  # to what a run learns
 
@@ -62,12 +63,8 @@ class GroupFiles:
         arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(training.state))}
         progress = {"step": training.step, "curves": training.curves}
         header = json.dumps({"of": self._trained_as, "training": progress})
-        partial = self._training.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with whole_file(self._training, "wb") as file:
             np.savez(file, header=np.array(header), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._training)
 
     def load_training(self, shapes: RunsState) -> Training | None:
         """Reads what was saved; None = nothing was.
@@ -93,7 +90,7 @@ class GroupFiles:
     def save_results(self, results: dict[str, Any]) -> None:
         """Saves the results of a finished group."""
         header = {"of": self._trained_as, "evaluation": self._evaluated_as}
-        write_text(self._results, json.dumps(header | {"results": results}, indent=1) + "\n")
+        write_json(self._results, header | {"results": results})
 
     def load_results(self) -> dict[str, Any] | None:
         """Reads the results; None = not finished, or evaluated otherwise.
@@ -106,13 +103,6 @@ class GroupFiles:
         content = json.loads(self._results.read_text())
         _check_same(content["of"], self._trained_as, self._results)
         return content["results"] if content["evaluation"] == self._evaluated_as else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is whole or as it was before."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

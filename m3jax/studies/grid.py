@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from m3jax.config import ModelConfig, one_of
+from m3jax.config import ModelConfig, one_of, round_up
 from m3jax.data.tasks import Task
 from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.models import model_config
@@ -55,7 +55,7 @@ class Group:
         Rounded up to a multiple of 8, so that tasks which count a position more or less have the same arrays.
         """
         positions = self.task(span).positions(span.longest + self.shift) + bos
-        return -(-positions // _POSITIONS) * _POSITIONS
+        return round_up(positions, _POSITIONS)
 
     def answers(self, span: Span) -> int:
         """The most supervised positions of a span's sequences."""
@@ -85,8 +85,7 @@ def make_groups(
         if (tasks and task_name not in tasks) or (models and model_name not in models):
             continue
         task = study.training_spans[0].task(task_name)
-        tokens = task.vocab_size + study.train.bos
-        vocab_size = -(-tokens // study.model.pad_vocab_multiple) * study.model.pad_vocab_multiple
+        vocab_size = round_up(task.vocab_size + study.train.bos, study.model.pad_vocab_multiple)
         model = model_config(model_name, study.model, d_model, layers, vocab_size)
         groups.append(Group(task_name, task.chance, model_name, model, runs, grid.shift(task_name)))
     return groups

@@ -6,7 +6,6 @@ sequences. Beside it stands the best of all runs of the model, whatever their se
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.circumstances import circumstances
+from m3jax.data.atomic import whole_file
 from m3jax.data.tasks import scaled_accuracy
 from m3jax.studies.config import StudyConfig
-from m3jax.studies.files import GroupFiles, write_text
+from m3jax.studies.files import GroupFiles
 from m3jax.studies.grid import make_groups
 from m3jax.studies.plots import plot_task
+from m3jax.training.manifest import write_json
 
 _LIKE_NONE = 1e-3  # chance levels under it change no digit that matters
 Results = dict[str, Any]
@@ -127,9 +128,10 @@ def write_report(workdir: Path, study: StudyConfig, command: str, commit: str | 
     groups = [results for results in groups if results is not None]
     record = circumstances(commit) | {"command": command, "config": dataclasses.asdict(study), "groups": groups}
     paths = [workdir / "results.json", workdir / "results.md"]
-    write_text(paths[0], json.dumps(record, indent=1) + "\n")
+    write_json(paths[0], record)
     seconds = sum(group["seconds"] for group in groups)
     circumstance = f"{record['device']}, jax {record['jax']}, {seconds / 60:.1f} minutes of training."
-    write_text(paths[1], f"# {workdir.absolute().name}\n\n    {command}\n\n{circumstance}\n\n{tables(groups)}")
+    with whole_file(paths[1]) as file:
+        file.write(f"# {workdir.absolute().name}\n\n    {command}\n\n{circumstance}\n\n{tables(groups)}")
     paths += [plot_task(workdir / f"{task}.png", task, choices) for task, choices in by_task(groups).items()]
     return paths

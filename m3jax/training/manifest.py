@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from m3jax.data.atomic import flush, whole_file
 from m3jax.errors import CheckpointError
 
 NAME = "MANIFEST.json"
@@ -22,20 +23,15 @@ def write_manifest(directory: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         entries = list(pool.map(_hash_and_flush, paths))
     for folder in {path.parent for path in paths} | {directory}:
-        _flush_folder(folder)
+        flush(folder)
     files = {path.relative_to(directory).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}
     write_json(directory / NAME, {"files": files, "sha256": _digest(files)})
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that the file is either the old one or the whole new one, on disk when this returns."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
+    with whole_file(path) as file:
         json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _flush_folder(path.parent)
 
 
 def is_finished(directory: Path) -> bool:
@@ -107,11 +103,3 @@ def _hash_and_flush(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -67,7 +67,7 @@ def _interpretable(dtype) -> np.dtype:
 
 
 def launch(kernel, args, scalars, out, grid, warps, constants, aliases=None):
-    """Stands in for `m3jax.kernels.mamba3.triton.launch.launch`; outputs start as NaN, so that what is left shows."""
+    """Stands in for `m3jax.kernels.triton_launch.launch`; outputs start as NaN, so that what is left shows."""
     del warps
     # Here no output lies on an input; that the pairs match is checked.
     for source, target in (aliases or {}).items():

@@ -17,7 +17,7 @@ from jax_triton import triton_lib
 
 from m3jax.kernels import gated_delta_scan, gpu, mamba3_scan, mamba3_step
 from m3jax.kernels.mamba3.triton import plans
-from m3jax.kernels.mamba3.triton.launch import launch
+from m3jax.kernels.triton_launch import launch
 from tests.kernels.cases import Case, make, make_state, segments
 
 IN_FLOAT32 = ("dt", "a", "lam", "omega")

@@ -237,10 +237,8 @@ def store_counted(out, v: jax.Array, ranks: int, simulated: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG))
     def inline(ctx, out, v):
         i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
-        c, thread = (
-            mgpu.utils.c,
-            arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(127, ir.IntegerType.get_signless(32))),
-        )
+        c = mgpu.utils.c
+        thread = arith.andi(mgpu.utils.thread_idx(), c(127, i32))
         pair = arith.andi(thread, c(3, i32))  # of columns: four threads have a row
         in_warp = arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32))
         row = arith.addi(in_warp, arith.muli(arith.shrui(thread, c(5, i32)), c(16, i32)))

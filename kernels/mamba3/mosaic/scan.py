@@ -13,11 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ...documents import number_documents
 from ...residuals import SCAN_RESIDUALS
+from ...triton_launch import batch_too_large, launch
 from ..cotangents import combine
 from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Inputs, Sequence, Weights
 from ..state import Mamba3State
-from ..triton.launch import batch_too_large, launch
 from . import backward, mimo_backward, mimo_forward
 from .forward import Operands, Prepared, in_chunks, output_pass, state_pass
 from .mimo_pieces import positions

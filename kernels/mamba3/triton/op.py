@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ...residuals import SCAN_RESIDUALS
+from ...triton_launch import launch
 from ..cotangents import Parts, combine, phase_flow
 from ..inputs import Inputs
 from ..readout import readout
 from ..rotary import TWO_PI
 from .backward import flows, key_gradients, state_gradients, value_gradients
 from .forward import forward
-from .launch import launch
 from .prepare import prepare
 
 _PREPARE_TILE = 64

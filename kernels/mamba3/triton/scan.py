@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from ...documents import number_documents
+from ...triton_launch import batch_too_large
 from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Sequence, Weights
 from ..readout import per_rank, readout
 from ..state import Mamba3State
 from . import op
-from .launch import batch_too_large
 from .plans import choose_plan, too_large
 
 _MAX_WIDTH = 256  # of the state and of a head, padded to a power of two

@@ -24,10 +24,10 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from ...triton_launch import batch_too_large, launch
 from .. import reference
 from ..inputs import Sequence, Weights
 from ..state import Mamba3State
-from .launch import batch_too_large, launch
 from .pieces import sigmoid
 from .step_pieces import (
     cos_sin,
