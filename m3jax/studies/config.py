@@ -95,6 +95,7 @@ class TrainingConfig:
     array_lengths: str = "40"  # arrays hold sequences of one of these lengths, the first that is enough; each compiles
     batch_size: int = 256
     block_steps: int = 100  # steps of one call; all stages together are a multiple
+    label_smoothing: float = 0.0  # share of a target's probability that all tokens of the vocabulary have alike
     stop_accuracy: float = 0.0  # a group ends once all seeds of a learning rate reach it over a block; 0 = never
     bos: bool = False  # a token of its own before every sequence
     runs_at_once: int = 0  # a step computes so many runs together, then the next, to save memory; 0 = all
@@ -224,6 +225,7 @@ def _check_train(train: TrainingConfig) -> None:
     require(train.arrays[-1] >= longest, "train.array_lengths", train.array_lengths,
             f"one of at least {longest}, the longest of train.stages")  # fmt: skip
     require(0 <= train.stop_accuracy <= 1, "train.stop_accuracy", train.stop_accuracy, "0 or a share of the answers")
+    require(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "0 or a share under 1")
     one_of("train.matmul_precision", train.matmul_precision, PRECISIONS)
     require(train.save_seconds >= 0, "train.save_seconds", train.save_seconds, "at least 0")
 

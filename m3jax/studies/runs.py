@@ -33,6 +33,7 @@ class Recipe:
     optimizer: OptimizerConfig  # without its learning rate
     steps: int  # of the whole schedule
     runs_at_once: int = 0  # computed together; 0 = all
+    label_smoothing: float = 0.0
 
 
 class RunsState(NamedTuple):
@@ -109,6 +110,24 @@ def over_runs(function: Callable[..., PyTree], at_once: int) -> Callable[..., Py
     return lambda *arguments: jax.lax.map(lambda of_run: function(*of_run), arguments, batch_size=at_once)
 
 
+def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float) -> jax.Array:
+    """Cross-entropy of every row with smoothed labels.
+
+    Args:
+      logits: [..., V].
+      targets: int [...].
+      smoothing: the share of the probability that all V tokens have alike; the target has the rest.
+
+    Returns:
+      [...], nats.
+    """
+    of_target = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if not smoothing:
+        return of_target
+    of_any = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return (1 - smoothing) * of_target + smoothing * of_any
+
+
 def _step(
     recipe: Recipe, number: jax.Array, state: RunsState, learning_rate: jax.Array, batch: Questions
 ) -> tuple[RunsState, BlockMetrics]:
@@ -117,8 +136,8 @@ def _step(
     def loss_and_accuracy(params: PyTree) -> tuple[jax.Array, jax.Array]:
         logits = _answers(recipe.model, params, batch)
         weights = batch.real / jnp.sum(batch.real)
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-        return jnp.sum(weights * nll), jnp.sum(weights * (jnp.argmax(logits, axis=-1) == batch.targets))
+        losses = cross_entropy(logits, batch.targets, recipe.label_smoothing)
+        return jnp.sum(weights * losses), jnp.sum(weights * (jnp.argmax(logits, axis=-1) == batch.targets))
 
     (loss, accuracy), grads = jax.value_and_grad(loss_and_accuracy, has_aux=True)(state.params)
     updates, moments = make_optimizer(recipe.optimizer).update(grads, state.optimizer, state.params)

@@ -69,7 +69,8 @@ class GroupTrainer:
     def __init__(self, study: StudyConfig, group: Group, files: GroupFiles):
         """Takes up what the files have, or initialises."""
         self._train, self._group, self._files = study.train, group, files
-        self._recipe = Recipe(group.model, study.optimizer, study.train.steps, study.train.runs_at_once)
+        train = study.train
+        self._recipe = Recipe(group.model, study.optimizer, train.steps, train.runs_at_once, train.label_smoothing)
         stages = study.train.curriculum
         self._spans = [stage.spans[i % len(stage.spans)] for stage in stages for i in range(stage.steps)]
         seeds = [run.seed for run in group.runs]

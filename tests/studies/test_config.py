@@ -60,6 +60,7 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
         ("train.block_steps", 5, "config.train.block_steps = 5: expected a divisor of the 12 steps of train.stages."),
         ("train.array_lengths", "4", "config.train.array_lengths = '4': expected one of at least 8"),
         ("train.shortest", 1, "config.train.stages = '1-4': expected lengths in ascending order, for parity of at"),
+        ("train.label_smoothing", 1.0, "config.train.label_smoothing = 1.0: expected 0 or a share under 1."),
         ("train.stop_accuracy", 1.5, "config.train.stop_accuracy = 1.5: expected 0 or a share of the answers."),
         ("train.matmul_precision", "float16", "config.train.matmul_precision = 'float16': expected one of float32"),
         ("evaluation.lengths", "8-4", "config.evaluation.lengths = '8-4': expected lengths in ascending order"),

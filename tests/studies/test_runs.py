@@ -6,13 +6,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from m3jax.studies.config import Span
 from m3jax.studies.grid import Run, make_groups
 from m3jax.studies.models import MODELS
 from m3jax.studies.questions import draw_block
-from m3jax.studies.runs import Recipe, init_runs, over_runs, train_block
+from m3jax.studies.runs import Recipe, cross_entropy, init_runs, over_runs, train_block
 from tests.tolerances import assert_close, rounding
 
 STEPS = 4
@@ -26,7 +27,8 @@ def train(study, group, steps=STEPS, train_block=train_block):
         jnp.array(seeds), numbers, jnp.full(steps, 3), jnp.full(steps, 8), task=group.task(span),
         batch_size=study.train.batch_size, width=group.width(span, False), answers=1, bos=False,
     )  # fmt: skip
-    recipe = Recipe(group.model, study.optimizer, study.train.steps, study.train.runs_at_once)
+    of_study = study.train
+    recipe = Recipe(group.model, study.optimizer, of_study.steps, of_study.runs_at_once, of_study.label_smoothing)
     state = init_runs(recipe, jnp.array([run.seed for run in group.runs]))
     rates = jnp.array([run.learning_rate for run in group.runs])
     data_of_run = jnp.array([seeds.index(run.seed) for run in group.runs])
@@ -54,6 +56,22 @@ def test_few_runs_at_once_are_all_runs():
     matrices, vectors = jnp.arange(24.0).reshape(4, 3, 2), jnp.arange(8.0).reshape(4, 2)
     for at_once in (1, 2):
         assert (over_runs(jnp.matmul, at_once)(matrices, vectors) == jax.vmap(jnp.matmul)(matrices, vectors)).all()
+
+
+def test_label_smoothing_is_that_of_optax():
+    logits, targets = 3 * jax.random.normal(jax.random.key(0), (5, 7)), jnp.array([0, 6, 3, 3, 1])
+    smooth = optax.smooth_labels(jax.nn.one_hot(targets, 7), 0.3)
+    expected = optax.softmax_cross_entropy(logits, smooth)
+    assert_close(cross_entropy(logits, targets, 0.3), expected, rounding(jnp.float32, 7), "loss")
+
+
+def test_label_smoothing_reaches_the_steps(small_study):
+    losses = {}
+    for smoothing in (0.0, 0.5):
+        study = small_study(train__label_smoothing=smoothing)
+        (group,) = make_groups(study)
+        losses[smoothing] = train(study, group, steps=1)[1].loss
+    assert (losses[0.0] != losses[0.5]).all()
 
 
 def test_learning_rates_share_initialisation_and_data(small_study):
