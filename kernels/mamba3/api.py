@@ -76,8 +76,8 @@ def mamba3_scan(
         continues `initial_state`.
       chunk_size: positions per chunk of the chunked implementations; no influence on the result beyond rounding.
       implementation: "reference" (token by token), "xla" (chunked matrix products, any device), "triton" (kernels for
-        NVIDIA GPUs), "mosaic" (for Hopper GPUs and bfloat16, of the released models' widths, SISO and MIMO of rank
-        2 and 4), or None for the fastest that can run here.
+        NVIDIA GPUs), "mosaic" (for Hopper GPUs and bfloat16, p 64, n up to 128, s up to 32, SISO and MIMO of rank 2
+        and 4), or None for the fastest that can run here.
       return_state: also return the state after the last token. Its gradient costs time even where it is 0.
 
     Returns:

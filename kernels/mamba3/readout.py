@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from .inputs import Sequence, Weights
+
 
 def readout(
     y: jax.Array,
@@ -47,3 +49,8 @@ def per_rank(x: jax.Array, mimo_x: jax.Array | None, rank: int) -> jax.Array:
         return jnp.repeat(x, rank, axis=-2)
     heads, _, p = mimo_x.shape
     return x * mimo_x.astype(x.dtype).reshape(1, heads, *(1,) * (x.ndim - 4), rank, p)
+
+
+def without_readout(seq: Sequence, weights: Weights) -> tuple[Sequence, Weights]:
+    """What kernels need that leave y of every rank, with skip, to triton/readout.py."""
+    return seq._replace(z=None), weights._replace(mimo_z=None, mimo_o=None, norm_weight=None)

@@ -9,7 +9,7 @@ from triton.runtime import interpreter
 from m3jax.kernels.gated_delta import api as gated_delta_api
 from m3jax.kernels.gated_delta import triton_walk
 from m3jax.kernels.mamba3 import api
-from m3jax.kernels.mamba3.triton import op, step
+from m3jax.kernels.mamba3.triton import op, readout, step
 
 _patch_tensors = interpreter._patch_lang_tensor
 
@@ -92,7 +92,7 @@ def launch(kernel, args, scalars, out, grid, warps, constants, aliases=None):
 
 def use(monkeypatch) -> None:
     """Makes scans and steps take implementation="triton" on this machine, and run it here."""
-    for module in (op, step, triton_walk):
+    for module in (op, readout, step, triton_walk):
         monkeypatch.setattr(module, "launch", launch)
     for module in (api, gated_delta_api):
         monkeypatch.setattr(module, "no_triton_here", lambda: None)

@@ -35,6 +35,12 @@ def arguments(length: int, rank: int = 1) -> tuple[Sequence, Weights, Mamba3Stat
     return seq, Weights(bias, bias, *mimo, shape(HEADS), None), state
 
 
+def with_norm(given: tuple[Sequence, Weights, Mamba3State]) -> tuple[Sequence, Weights, Mamba3State]:
+    """The same with a norm before the gate."""
+    seq, weights, state = given
+    return seq, weights._replace(norm_weight=shape(HEADS, 64)), state
+
+
 def run(seq: Sequence, weights: Weights, state: Mamba3State, documents: jax.Array | None = None):
     return scan.scan(None, seq, weights, state, documents, 1e-5)
 
@@ -64,10 +70,12 @@ def main() -> None:
         "gradient of segments": calls(jax.grad(loss), *rest, shape(BATCH, 200, dtype=jnp.int32)),
         "gradient under vmap": calls(jax.vmap(jax.grad(loss, argnums=(0, 1, 2))), *several),
         "gradient under checkpoint": calls(jax.value_and_grad(jax.checkpoint(loss)), *one_chunk),
+        "gradient with norm": calls(jax.grad(loss, argnums=(0, 1, 2)), *with_norm(one_chunk)),
         "mimo": calls(run, *arguments(70, rank=2), shape(BATCH, 70, dtype=jnp.int32)),
         "mimo gradient under vmap and checkpoint": calls(
             jax.vmap(jax.value_and_grad(jax.checkpoint(loss), argnums=(0, 1, 2))), *several_mimo
         ),
+        "mimo gradient with norm": calls(jax.grad(loss), *with_norm(arguments(16, rank=4))),
     }))  # fmt: skip
 
 

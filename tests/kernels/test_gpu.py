@@ -46,6 +46,11 @@ MOSAIC_CASES = {
     "mimo": (dataclasses.replace(WIDE, l=1000, r=4), True),
     "rank 2, many heads": (dataclasses.replace(MANY_HEADS, r=2), True),
     "no rotation": (dataclasses.replace(WIDE, s=0, mimo=False), True),
+    "norm": (dataclasses.replace(WIDE, norm=True, mimo=False), False),
+    "norm, many heads, mimo": (dataclasses.replace(MANY_HEADS, norm=True, r=4), False),
+    "bare": (dataclasses.replace(WIDE, bare=True), True),
+    "bare, rank 2": (dataclasses.replace(WIDE, r=2, bare=True), True),
+    "narrow state": (dataclasses.replace(WIDE, n=64, s=16, mimo=False), True),
 }
 PACKED = ("siso", "mimo")
 IN_BOTH_TYPES = ("siso", "mimo", "norm", "largest", "one token", "strong decay", "mixed decay")
@@ -91,7 +96,7 @@ def _scales(case: Case, expected: dict[str, np.ndarray]) -> dict[str, float]:
     """Sizes of the terms of gradients that may be much smaller than these; RMS, for random cotangents."""
     args = make(case)
     scales = {}
-    if "d" in args:
+    if "d" in args and not case.norm:  # terms as they are without the norm
         mimo_x, mimo_z, mimo_o = (args.get(name, 1.0) for name in ("mimo_x", "mimo_z", "mimo_o"))
         gate = args["z"][:, :, :, None] * mimo_z
         terms = args["x"][:, :, :, None] * mimo_x * gate / (1 + np.exp(-gate)) * mimo_o

@@ -124,7 +124,11 @@ def test_state_gradients_match_those_by_hand(monkeypatch, case, segments, packed
     (dataclasses.replace(CASE, b=2, l=3 * T + 8, h=1), 2, True),
     (dataclasses.replace(CASE, l=1), 1, False),
     CASES[-1],
-], ids=["groups", "segments", "documents", "one_token", "strong_decay"])  # fmt: skip
+    (dataclasses.replace(CASE, l=T + 9, norm=True), 2, False),
+    (dataclasses.replace(CASE, l=T + 9, h=1, bare=True), 1, True),
+    (dataclasses.replace(CASE, l=T + 9, h=1, n=50, s=7), 1, True),
+], ids=["groups", "segments", "documents", "one_token", "strong_decay", "norm", "bare_documents",
+        "narrow_documents"])  # fmt: skip
 def test_gradients_match_reference(monkeypatch, case, segments, packed):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 

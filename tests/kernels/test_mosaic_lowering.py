@@ -28,6 +28,8 @@ def test_forward_and_gradient_lower():
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
     backward = ["mosaic"] * 2  # the gradients of H, then the others
     assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward
+    # The read-out's gradient comes first; the read-out itself is not needed for it.
+    assert calls["gradient with norm"] == prepare + output + ["triton"] + backward == calls["mimo gradient with norm"]
     assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward
     # The first pass saves nothing.
     assert calls["gradient under checkpoint"] == prepare + output + calls["gradient"]

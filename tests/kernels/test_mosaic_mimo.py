@@ -38,8 +38,10 @@ CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(
     (dataclasses.replace(CASE, l=2 * T, log_dt=(1, 3), log_decay=(2, 6)), 2, False),
     (dataclasses.replace(CASE, b=2, l=4 * T + 8, h=1), 2, True),
     (dataclasses.replace(CASE, l=3 * T, h=1, r=2), 1, True),
+    (dataclasses.replace(CASE, l=2 * T + 8, norm=True), 2, False),
+    (dataclasses.replace(CASE, l=2 * T, h=1, r=2, bare=True), 1, False),
 ], ids=["one_chunk", "groups", "two_segments", "three_segments", "one_token", "rank_2", "large_steps", "strong_decay",
-        "documents", "documents_rank_2"])  # fmt: skip
+        "documents", "documents_rank_2", "norm", "bare_rank_2"])  # fmt: skip
 def test_matches_reference(monkeypatch, case, segments, packed):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 

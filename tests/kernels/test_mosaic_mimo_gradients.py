@@ -30,7 +30,9 @@ CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(
     (dataclasses.replace(CASE, b=2, l=2 * T + 9, h=4, g=2), 2, 2, False),
     (dataclasses.replace(CASE, l=3 * T + 8, r=2), 2, 1, True),
     (dataclasses.replace(CASE, l=2 * T, log_decay=(2, 6)), 1, 2, False),
-], ids=["one_chunk", "groups", "rank_2_documents", "strong_decay"])  # fmt: skip
+    (dataclasses.replace(CASE, l=T + 9, norm=True), 2, 2, False),
+    (dataclasses.replace(CASE, l=2 * T + 8, r=2, bare=True), 1, 1, True),
+], ids=["one_chunk", "groups", "rank_2_documents", "strong_decay", "norm", "bare_rank_2_documents"])  # fmt: skip
 def test_matches_reference(monkeypatch, case, block, segments, packed):
     """Each gradient by name, of everything that a scan returns."""
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)

@@ -34,7 +34,8 @@ def test_needs_a_new_jax_or_a_hopper_gpu():
     ({}, {}, None),
     ({"g": 2, "l": 1}, {}, None),
     ({"p": 32}, {}, "p = 32"),
-    ({"n": 64, "s": 16}, {}, "n = 64"),
+    ({"n": 256}, {}, "n = 256"),
+    ({"n": 50, "s": 7}, {}, None),
     ({"s": 64}, {}, "s = 64"),
     ({"s": 0}, {}, None),
     ({"r": 2}, {"chunk_size": T // 2}, None),
@@ -42,8 +43,8 @@ def test_needs_a_new_jax_or_a_hopper_gpu():
     ({"r": 4}, {"chunk_size": T}, "chunk_size = 64"),
     ({"r": 8}, {}, "rank 8"),
     ({}, {"mimo": True}, "MIMO weights"),
-    ({"bare": True}, {}, "z is absent"),
-    ({"norm": True}, {}, "norm_weight"),
+    ({"bare": True}, {}, None),
+    ({"norm": True}, {}, None),
     ({"omega_per_head": True}, {}, "omega"),
     ({}, {"chunk_size": 32}, "chunk_size = 32"),
     ({}, {"chunk_size": T}, None),
@@ -158,9 +159,13 @@ def test_prepared_numbers(monkeypatch, case, packed):
     (dataclasses.replace(CASE, b=2, l=3 * T + 8), 1, True),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8), 3, True),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8, h=1, log_decay=(-9, -8)), 1, True),
+    (dataclasses.replace(CASE, l=2 * T + 1, norm=True), 2, False),
+    (dataclasses.replace(CASE, l=T + 1, h=1, bare=True), 1, False),
+    (dataclasses.replace(CASE, l=T + 9, h=1, s=0), 1, True),
 ], ids=["one_chunk", "groups", "two_segments", "three_segments", "four_heads_together",
         "heads_alone", "one_token", "large_steps", "strong_decay",
-        "documents", "documents_segments", "documents_weak_decay"])  # fmt: skip
+        "documents", "documents_segments", "documents_weak_decay", "norm", "bare",
+        "no_rotation_documents"])  # fmt: skip
 def test_matches_reference(monkeypatch, case, segments, packed):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 

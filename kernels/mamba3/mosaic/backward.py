@@ -88,7 +88,7 @@ def parts(
         of_weights["d"] = vector(OVERLAP).sum(axis=(0, 2, 3))
     return Parts(
         x=found.x[:, :length],
-        z=found.z[:, :length],
+        z=None if found.z is None else found.z[:, :length],
         b=found.b[:, :, :length, None],
         c=found.c[:, :, :length, None],
         weights=Weights(**of_weights),

@@ -6,15 +6,16 @@ with bias, rotated to the phase of their position. Per chunk, with H [P, N] in r
     y = 2^L ⊙ (C Hᵀ) + (C Bᵀ ⊙ M) X + D X      M_ij = 2^(L_i - L_j) s_j below the diagonal, γ_i on it
     H ← 2^(L_end) H + (2^(L_end - L) s ⊙ X)ᵀ B
 
-and y ⊙ silu(z) is what is written. A sequence may be cut into segments: `state_pass` finds what each adds to H, and
-`output_pass` begins every segment with the sum of those before.
+and y ⊙ silu(z) is what is written, or y where there is no gate. A sequence may be cut into segments: `state_pass` finds
+what each adds to H, and `output_pass` begins every segment with the sum of those before.
 
 Products run on by themselves: a chunk issues C Bᵀ and C Hᵀ together, finds M meanwhile, waits for the first alone, and
 then issues both products that follow from it.
 
 Shared memory is used without automatic barriers. The warpgroup meets at three points of a chunk:
   A  Rotated B is in `rot`, scaled X in `scaled`, and H in `narrow_h` since the chunk before. Every warp has read the
-     raw B, C and ω, and y of the chunk before has left `gate`: the next raw tiles and this chunk's z may arrive.
+     raw B, C and ω, and y of the chunk before has left `gate`: the next raw tiles and this chunk's z may arrive (or,
+     without gate, y may take its place).
      If H is saved, it has left `narrow_h`.
   B  Every warp's products with `narrow_h` are done: it may change.
   C  Every warp's products with `rot`, `scaled` and X are done: they may change, and X and the coefficients of two
@@ -75,7 +76,7 @@ class Operands(NamedTuple):
     """What the main kernels read besides; l is a whole number of chunks."""
 
     x: jax.Array  # [b, l, h, P] bfloat16, as z
-    z: jax.Array
+    z: jax.Array | None
     b: jax.Array  # [b, l, g, N] bfloat16, as c
     c: jax.Array
     b_bias: jax.Array  # [h, 1, N] float32, as c_bias
@@ -83,14 +84,16 @@ class Operands(NamedTuple):
     d: jax.Array  # [h] float32
 
 
-def in_chunks(v: jax.Array, positions: int = T) -> jax.Array:
+def in_chunks(v: jax.Array | None, positions: int = T) -> jax.Array | None:
     """[b, l, ...] with zeros up to a whole number of chunks."""
+    if v is None:
+        return None
     padding = -v.shape[1] % positions
     return jnp.pad(v, ((0, 0), (0, padding)) + ((0, 0),) * (v.ndim - 2)) if padding else v
 
 
 def output_pass(
-    x: jax.Array, z: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
+    x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared,
     b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, ssm: jax.Array | None,
     before: tuple[jax.Array, jax.Array] | None, *, count: int, pieces: int = 0, save: bool = False, interpret=None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
@@ -98,7 +101,7 @@ def output_pass(
 
     Args:
       x: [b, l, h, P] bfloat16, as z; l is a whole number of chunks.
-      z: the gate.
+      z: the gate; None = y as it is.
       b: B, [b, l, g, N] bfloat16.
       c: C likewise.
       prepared: from prepare.py.
@@ -198,7 +201,8 @@ def output_pass(
             c_turned = turning(raw_c, bias_c, cos, sin, simulated)
             publish(simulated)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # A: this, too, makes the warps meet
-            plgpu.copy_gmem_to_smem(z_ref.at[index, span(ci), head], small.at[2], z_here)
+            if z is not None:
+                plgpu.copy_gmem_to_smem(z_ref.at[index, span(ci), head], small.at[2], z_here)
             pl.when(ci + 1 < mine)(lambda: get_raw(ci + 1))
 
             def products(scores, from_state, from_chunk):
@@ -218,9 +222,10 @@ def output_pass(
                     y = plgpu.wgmma_accumulator_load(from_chunk, wait_n=1) + skipped
                     y = y + plgpu.wgmma_accumulator_load(from_state, wait_n=1) * rows(jnp.exp2(decay), P)
                     meet(simulated)  # B
-                    plgpu.barrier_wait(z_here)
-                    half = widen(load_tile(gate) * jnp.bfloat16(0.5), simulated)
-                    y = y * (half * jnp.tanh(half) + half)  # y silu(z)
+                    if z is not None:
+                        plgpu.barrier_wait(z_here)
+                        half = widen(load_tile(gate) * jnp.bfloat16(0.5), simulated)
+                        y = y * (half * jnp.tanh(half) + half)  # y silu(z)
                     gate[...] = y.astype(jnp.bfloat16)
 
                 (new_state,) = accumulate(rest, (state * end_decay,), simulated)

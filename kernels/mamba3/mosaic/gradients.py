@@ -1,8 +1,8 @@
 """Hopper kernel of the SISO backward scan's gradients: chunks in parallel, two warpgroups to a program.
 
 Notation as in forward.py; H enters the chunk, G is the gradient of H after it, H' what enters the next one. A program
-has one chunk and walks a block of heads. Per head, with g = dy ⊙ silu(z), M without its diagonal (0 there) and w_j =
-2^(L_end - L_j) s_j:
+has one chunk and walks a block of heads. Per head, with g = dy ⊙ silu(z) (without gate, dy itself), M without its
+diagonal (0 there) and w_j = 2^(L_end - L_j) s_j:
 
     weights = C Bᵀ ⊙ M             y = 2^L ⊙ (C Hᵀ) + weights X + κ ⊙ X       κ_i = D + γ_i C_i·B_i
     dS = g Xᵀ ⊙ (M + diag(γ))      dX = w ⊙ (B Gᵀ) + weightsᵀ g + κ ⊙ g
@@ -86,7 +86,7 @@ class Gradients(NamedTuple):
     """What the kernel writes."""
 
     x: jax.Array  # [b, l, h, P] bfloat16
-    z: jax.Array  # likewise
+    z: jax.Array | None  # likewise
     b: jax.Array  # [blocks, b, l, N] float32
     c: jax.Array  # likewise
     biases: jax.Array  # of B and C, [b, chunks, h, 2, N] float32
@@ -95,7 +95,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    x: jax.Array, z: jax.Array, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
+    x: jax.Array, z: jax.Array | None, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
     b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array,
     *, block: int, interpret=None,
 ) -> Gradients:  # fmt: skip
@@ -103,8 +103,8 @@ def gradients(
 
     Args:
       x: [b, l, h, P] bfloat16, as z and dy; l is a whole number of chunks.
-      z: the gate.
-      dy: gradient of the gated y.
+      z: the gate; None = none.
+      dy: gradient of the output.
       b: B, [b, l, g, N] bfloat16.
       c: C likewise.
       prepared: from prepare.py.
@@ -151,7 +151,8 @@ def gradients(
             ):
                 plgpu.copy_gmem_to_smem(source, target, small_here.at[slot])
             for source, target in ((dy_ref, both_g), (z_ref, both_z), (x_ref, both_x)):
-                plgpu.copy_gmem_to_smem(source.at[index, span, head], target.at[slot], x_here.at[slot])
+                if target is not None:
+                    plgpu.copy_gmem_to_smem(source.at[index, span, head], target.at[slot], x_here.at[slot])
 
         def get_after(k):
             _, head, _, grad, _ = at(k)
@@ -280,16 +281,18 @@ def gradients(
 
             def one(k, total):
                 slot, head, here, grad, vectors = at(k)
-                x_tile, g_tile, z_tile = (v.at[slot] for v in (both_x, both_g, both_z))
+                x_tile, g_tile = both_x.at[slot], both_g.at[slot]
                 plgpu.barrier_wait(small_here.at[slot])
                 plgpu.barrier_wait(x_here.at[slot])
-                half = widen(load_tile(z_tile) * jnp.bfloat16(0.5), simulated)
-                tanh = jnp.tanh(half)
-                silu, gate = half * tanh + half, 0.5 * tanh + 0.5
-                dy = widen(load_tile(g_tile), simulated)
-                g_tile[...] = (dy * silu).astype(jnp.bfloat16)
-                z_tile[...] = (dy * ((gate + silu) - silu * gate)).astype(jnp.bfloat16)
-                publish(simulated)
+                if z is not None:
+                    z_tile = both_z.at[slot]
+                    half = widen(load_tile(z_tile) * jnp.bfloat16(0.5), simulated)
+                    tanh = jnp.tanh(half)
+                    silu, gate = half * tanh + half, 0.5 * tanh + 0.5
+                    dy = widen(load_tile(g_tile), simulated)
+                    g_tile[...] = (dy * silu).astype(jnp.bfloat16)
+                    z_tile[...] = (dy * ((gate + silu) - silu * gate)).astype(jnp.bfloat16)
+                    publish(simulated)
                 plgpu.barrier_arrive(ready)
                 plgpu.barrier_wait(states_here)
                 plgpu.barrier_wait(ready)
@@ -313,7 +316,10 @@ def gradients(
                 x, g = load_tile(x_tile), load_tile(g_tile)
                 scaled = x * rows(to_end.astype(jnp.bfloat16), P)
                 y = settle(y, 1, simulated)
-                vectors[QUERY], z_tile[...] = _along(y, g, x, kept, load_tile(z_tile), simulated)
+                if z is None:
+                    vectors[QUERY], _ = _along(y, g, x, kept, None, simulated)
+                else:
+                    vectors[QUERY], z_tile[...] = _along(y, g, x, kept, load_tile(z_tile), simulated)
                 db = product(None, scaled, grad, simulated)
                 db = product(db, dscores, rot_c, simulated, a_t=True)
                 vectors[KEY], narrow = _along(settle(dx, 2, simulated), x, g, kept, None, simulated)
@@ -330,7 +336,8 @@ def gradients(
                 weights[...] = jnp.concatenate([high, low], axis=1)
                 publish(simulated)
                 meet(simulated)
-                plgpu.copy_smem_to_gmem(z_tile, dz_ref.at[index, span, head])
+                if z is not None:
+                    plgpu.copy_smem_to_gmem(z_tile, dz_ref.at[index, span, head])
                 plgpu.copy_smem_to_gmem(x_tile, dx_ref.at[index, span, head])
                 for half in range(2):
                     out = dbias_ref.at[index, ci, head, 0, halves[half]]
@@ -345,7 +352,7 @@ def gradients(
     per_block = jax.ShapeDtypeStruct((blocks, batch, length, N), jnp.float32)
     out = Gradients(
         x=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        z=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        z=None if z is None else jax.ShapeDtypeStruct(x.shape, x.dtype),
         b=per_block,
         c=per_block,
         biases=jax.ShapeDtypeStruct((batch, chunks, heads, 2, N), jnp.float32),
@@ -357,12 +364,13 @@ def gradients(
         out_type=tuple(out),
         scratch_types=[
             tile(2, T, N), tile(2, T, N), tile(2, P, N), tile(2, P, N),  # raw B and C; rotated; H, H'; G of two heads
-            tile(2, T, P), tile(2, T, P), tile(2, T, P), tile(3, T, T),  # x, z, dy of two heads; weights, dS, ω
+            # x, z, dy of two heads; weights, dS, ω
+            tile(2, T, P), None if z is None else tile(2, T, P), tile(2, T, P), tile(3, T, T),
             plgpu.SMEM((2, T, S) if simulated else (T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
             plgpu.SMEM((4, HALF), jnp.float32),
             plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((3, T), jnp.float32),
             plgpu.SMEM((2, 3, N), jnp.float32),
-            plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=3, num_barriers=2),
+            plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=2 + (z is not None), num_barriers=2),
             plgpu.Barrier(num_arrivals=3, num_barriers=2), plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(), plgpu.Barrier(),

@@ -35,13 +35,13 @@ def kernels(
       given: what the forward read.
       prepared: likewise.
       chunk_ssm: H before every chunk, as the forward saved it.
-      dy: gradient of y, [b, l, h, P] bfloat16; l is a whole number of chunks.
+      dy: gradient of y, [b, l, h, P] bfloat16 or, without gate, in rows; l is a whole number of chunks.
       dssm: of H after the last token, [b, h, P, N] float32; None = zeros.
       segments: of the sequence, for `state_gradients`.
       interpret: parameters of the interpreter, if it is to run the kernels.
     """
-    batch, length, heads, _ = dy.shape
     x, z, b, c, weights, d = given
+    batch, length, heads, _ = x.shape
     chunk_grad, flows, first_grad = state_gradients(
         dy, z, c, prepared, weights, chunk_ssm, dssm, segments=segments, interpret=interpret
     )
@@ -100,7 +100,7 @@ def parts(
     of_weights = {name: None if getattr(weights, name) is None else v for name, v in of_weights.items()}
     return Parts(
         x=found.x[:, :length],
-        z=found.z[:, :length],
+        z=None if found.z is None else found.z[:, :length],
         b=down(KEYS),
         c=down(QUERIES),
         weights=Weights(**of_weights),

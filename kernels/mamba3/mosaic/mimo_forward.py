@@ -7,7 +7,7 @@ mimo_pieces.py says; L, s, γ, phase, x, z are of positions. Per chunk and rank 
     H ← 2^(L_end) H + Σ_q (2^(L_end - L) s ⊙ X_q)ᵀ B_q            X_q = x ⊙ mimo_x_q
 
 and Σ_r y_r ⊙ silu(z ⊙ mimo_z_r) ⊙ mimo_o_r is what is written. With 4 ranks two warps have the same positions and half
-of the sum over ranks each, which meet in shared memory.
+of the sum over ranks each, which meet in shared memory. Without gate the chunk's y_r are written as its rows.
 
 Shared memory is used without automatic barriers. Both heads of a program read the same raw B, C and ω. A head has two
 slots of rotated B and of X, and one of C. What arrives has its own barrier; every thread arrives at the others:
@@ -33,7 +33,7 @@ from jax import lax
 from ..inputs import Inputs
 from .forward import Prepared, in_chunks
 from .mimo_output import Place, Shared, multiply, rotate_ahead
-from .mimo_pieces import positions
+from .mimo_pieces import ROWS, positions
 from .mimo_states import state_pass
 from .mimo_turning import by_parts, get_rates, get_rows, in_rows
 from .mimo_weights import pack
@@ -45,15 +45,17 @@ REGISTERS = 168, 88  # of a thread that multiplies, and of one that rotates
 
 
 def output_pass(
-    x: jax.Array, z: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array, d: jax.Array,
+    x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array, d: jax.Array,
     ssm: jax.Array | None, before: tuple[jax.Array, jax.Array] | None, *, segments: int, finer: int = 1,
     save: bool = False, interpret=None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
 
+    y is [b, l, h, P], without gate the rows [b, h, chunks, ROWS, P] of every chunk; bfloat16.
+
     Args:
       x: [b, l, h, P] bfloat16, as z; l is a whole number of chunks.
-      z: the gate.
+      z: the gate; None = none.
       b: B, [b, l, r, g, N] bfloat16, r 2 or 4.
       c: C likewise.
       prepared: from prepare.py, for chunks of 64 / r positions.
@@ -127,14 +129,15 @@ def output_pass(
                     plgpu.set_max_registers(registers, action=change)
                 (multiplies, rotates)[role]()
 
-    out = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32)]
+    y_shape = (batch, heads, chunks, ROWS, P) if z is None else x.shape
+    out = [jax.ShapeDtypeStruct(y_shape, x.dtype), jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32)]
     if save:
         out.append(jax.ShapeDtypeStruct((batch, heads, chunks, P, N), jnp.bfloat16))
     given = [() if ssm is None else (ssm,), before or ()]
     return plgpu.kernel(
         body,
         out_type=tuple(out),
-        scratch_types=[v for v in Shared.types(ranks, together) if v is not None],
+        scratch_types=Shared.types(ranks, together, gated=z is not None),
         grid=(batch, segments, heads // together), grid_names=GRID, num_threads=2 * together, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, in_rows(b, simulated), in_rows(c, simulated), *by_parts(prepared), weights, d,
@@ -145,7 +148,7 @@ class Operands(NamedTuple):
     """What the main kernels read besides; l is a whole number of chunks."""
 
     x: jax.Array  # [b, l, h, P] bfloat16, as z
-    z: jax.Array
+    z: jax.Array | None
     b: jax.Array  # [b, l, r, g, N] bfloat16, as c
     c: jax.Array
     weights: jax.Array  # from `mimo_weights.pack`
@@ -172,7 +175,7 @@ def operands(inputs: Inputs) -> Operands:
 def forward_in_segments(
     inputs: Inputs, prepared: Prepared, segments: int, save: bool = False, interpret=None
 ) -> tuple[jax.Array, ...]:
-    """y [b, l, h, P] and H after the last token, and with `save` H before every chunk.
+    """y [b, l, h, P], without gate in rows, and H after the last token, and with `save` H before every chunk.
 
     `prepared` is for chunks of 64 / r positions.
     """
@@ -182,4 +185,4 @@ def forward_in_segments(
     how = {"segments": segments, "finer": finer, "interpret": interpret}
     before = state_pass(x, b, prepared, packed, **how) if segments > 1 else None
     y, *states = output_pass(x, z, b, c, prepared, packed, d, inputs.ssm, before, save=save, **how)
-    return y[:, : inputs.seq.x.shape[1]], *states
+    return y if z is None else y[:, : inputs.seq.x.shape[1]], *states

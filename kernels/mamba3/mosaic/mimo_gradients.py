@@ -8,7 +8,7 @@ mimo_z_r) and w_j = 2^(L_end - L_j) s_j, sums over q being over ranks:
 
 The right column is the left one with queries and keys exchanged: the same code is either, its `own` rows being C, g and
 H, or B, X and G. It finds its own scores, as waiting for the other's would cost more. Of y it makes the gradients of z,
-mimo_z and mimo_o, of dX those of x and mimo_x.
+mimo_z and mimo_o, of dX those of x and mimo_x. Without gate g is given, as rows, and y has no gradients to make.
 
 A program has one chunk and walks a block of heads. Gradients of B and C, turned back, are added up over these heads, as
 are dω's parts. Gradients of weights are sums over positions: products with ones of what is staged for them.
@@ -44,7 +44,7 @@ _GRID = ("batch", "block", "chunk")
 class Gradients(NamedTuple):
     """What the kernel writes."""
 
-    z: jax.Array  # [b, l, h, P] bfloat16, as x
+    z: jax.Array | None  # [b, l, h, P] bfloat16, as x
     x: jax.Array
     down: jax.Array  # of C and B, [blocks, SIDES, b, chunks, 2, 32, N] float32, by rank of a pair and row
     biases: jax.Array  # of theirs, [b, chunks, h, SIDES, N, r] float32
@@ -54,15 +54,15 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    x: jax.Array, z: jax.Array, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array,
-    d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array, *, block: int, interpret=None,
+    x: jax.Array, z: jax.Array | None, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
+    weights: jax.Array, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array, *, block: int, interpret=None,
 ) -> Gradients:  # fmt: skip
     """All gradients, or what their sums over chunks, blocks of heads and pairs of ranks are.
 
     Args:
       x: [b, l, h, P] bfloat16, as z and dy; l is a whole number of chunks.
-      z: the gate.
-      dy: gradient of the output.
+      z: the gate; None = none.
+      dy: gradient of the output; without gate as rows, [b, h, chunks, ROWS, P].
       b: B, [b, l, r, g, N] bfloat16, r 2 or 4.
       c: C likewise.
       prepared: from prepare.py, for chunks of 64 / r positions.
@@ -93,7 +93,8 @@ def gradients(
             if side == QUERIES:
                 copies = [
                     (ssm_ref.at[at], shared.states.at[slot, QUERIES]),
-                    (z_ref.at[value], shared.z.at[slot]), (dy_ref.at[value], shared.dy.at[slot]),
+                    (dy_ref.at[at if z is None else value], shared.dy.at[slot]),
+                    *(() if z is None else ((z_ref.at[value], shared.z.at[slot]),)),
                     (coefficient_ref.at[at], shared.coefficients.at[slot]), (start_ref.at[at], shared.start.at[slot]),
                     (weight_ref.at[head], shared.weights.at[slot]),
                 ]  # fmt: skip
@@ -116,8 +117,9 @@ def gradients(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, in the slot of the next
                 pl.when(k + 1 < block)(lambda: get(side, k + 1))
                 plgpu.barrier_wait(shared.here.at[slot])
+                value = (out.z, out.x)[side]
                 to = Written(
-                    (out.z, out.x)[side].at[index, here, head], out.biases.at[index, ci, head, side],
+                    None if value is None else value.at[index, here, head], out.biases.at[index, ci, head, side],
                     out.mimo.at[index, ci, head], out.vectors.at[index, head, ci, side],
                 )  # fmt: skip
                 return one_head(side, slot, shared, to, d_ref[head], carry, ranks, simulated)
@@ -136,7 +138,7 @@ def gradients(
 
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
     out = Gradients(
-        z=shape(x.shape, x.dtype),
+        z=None if z is None else shape(x.shape, x.dtype),
         x=shape(x.shape, x.dtype),
         down=shape((heads // block, 2, batch, chunks, 2, HALF_ROWS, N), f32),
         biases=shape((batch, chunks, heads, 2, N, ranks), f32),
@@ -147,7 +149,7 @@ def gradients(
     arrays = plgpu.kernel(
         body,
         out_type=tuple(out),
-        scratch_types=[v for v in Shared.types(ranks, simulated) if v is not None],
+        scratch_types=Shared.types(ranks, z is not None, simulated),
         grid=(batch, heads // block, chunks), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, dy, in_rows(c, simulated), in_rows(b, simulated), *by_parts(prepared), weights, d, chunk_ssm, chunk_grad,

@@ -54,8 +54,8 @@ class Shared(NamedTuple):
     rot: jax.Array
     states: jax.Array  # slots, sides
     x: jax.Array  # slots, as z and dy
-    z: jax.Array
-    dy: jax.Array
+    z: jax.Array | None
+    dy: jax.Array  # without gate of all ranks
     values: jax.Array  # g and X of all ranks
     staged: jax.Array  # for sums over positions
     dphase: jax.Array  # in two parts; with 4 ranks, before it, sums over one pair of two
@@ -73,15 +73,16 @@ class Shared(NamedTuple):
     sums: jax.Array | None = None  # the interpreter's
 
     @staticmethod
-    def types(ranks: int, simulated: bool) -> "Shared":
+    def types(ranks: int, gated: bool, simulated: bool) -> "Shared":
         """What to allocate."""
         span, floats = positions(ranks), functools.partial(plgpu.SMEM, dtype=jnp.float32)
         return Shared(
-            mimo.blocks(2), mimo.blocks(2), tile(2, 2, P, N), *(tile(2, span, P) for _ in range(3)), tile(2, ROWS, P),
-            mimo.blocks(2), tile(2 if ranks == 4 else 1, HALF_ROWS, 2 * S), tile(8, ROWS),
+            mimo.blocks(2), mimo.blocks(2), tile(2, 2, P, N), tile(2, span, P), tile(2, span, P) if gated else None,
+            tile(2, span if gated else ROWS, P), tile(2, ROWS, P), mimo.blocks(2),
+            tile(2 if ranks == 4 else 1, HALF_ROWS, 2 * S), tile(8, ROWS),
             floats((2, HALF_ROWS, S) if simulated else (HALF_ROWS, S)), rates_of_chunk(ranks),
             floats((2, COEFFICIENTS, span)), floats((2, S)), floats((2, ranks, of.WEIGHTS, P)),
-            plgpu.Barrier(num_arrivals=ranks + 2), plgpu.Barrier(num_arrivals=8, num_barriers=2),
+            plgpu.Barrier(num_arrivals=ranks + 2), plgpu.Barrier(num_arrivals=7 + gated, num_barriers=2),
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2), plgpu.Barrier(),
             floats((2, span, P)) if simulated and ranks == 4 else None,
         )  # fmt: skip
@@ -90,7 +91,7 @@ class Shared(NamedTuple):
 class Written(NamedTuple):
     """Where what a side finds of a head goes, in global memory; see `Gradients`."""
 
-    value: jax.Array
+    value: jax.Array | None
     biases: jax.Array
     mimo: jax.Array
     vectors: jax.Array
@@ -100,7 +101,8 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
     """All of a head's gradients of one side; `carry` and what is returned: sums over heads of dC or dB, and of dω."""
     total, domega = carry
     zero = opaque_zero(simulated)
-    here, x_tile, z_tile, dy_tile = (v.at[slot + zero] for v in (shared.coefficients, shared.x, shared.z, shared.dy))
+    here, x_tile, dy_tile = (v.at[slot + zero] for v in (shared.coefficients, shared.x, shared.dy))
+    z_tile = None if shared.z is None else shared.z.at[slot + zero]
     own, other, state = shared.rot.at[side + zero], shared.rot.at[1 - side + zero], shared.states.at[slot + zero, side]
     weight = functools.partial(of.load_weight, shared.weights.at[slot + zero], ranks=ranks, simulated=simulated)
     row, column = mimo.iotas(zero, ranks)
@@ -112,7 +114,10 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
         x = _load(x_tile, ranks, simulated)
         values = [(x * weight(k, of.MIMO_X)).astype(jnp.bfloat16) for k in range(2)]
     else:
-        values = _gated(z_tile, dy_tile, weight, ranks, simulated)
+        if z_tile is None:
+            values = split(load_tile(dy_tile), simulated)
+        else:
+            values = _gated(z_tile, dy_tile, weight, ranks, simulated)
         plgpu.barrier_wait(shared.turned)
         cos, sin = unstash_turns(shared.turns, simulated, POS)
     shared.values.at[side + zero][...] = join(*values, simulated)
@@ -127,16 +132,20 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
         simulated,
     )  # fmt: skip
     staged = shared.staged.at[side + zero]
-    if side == QUERIES:
-        value, for_sums = _of_gate(of_values, _load(z_tile, ranks, simulated), _load(dy_tile, ranks, simulated), weight)
-    else:
+    value_tile, value, for_sums = None, None, ()
+    if side == KEYS:
+        value_tile = x_tile
         value, for_sums = _of_x(of_values, _load(x_tile, ranks, simulated), weight)
+    elif z_tile is not None:
+        value_tile = z_tile
+        value, for_sums = _of_gate(of_values, _load(z_tile, ranks, simulated), _load(dy_tile, ranks, simulated), weight)
     for columns, both in enumerate(for_sums):
         store_pair(staged, columns, *both, simulated)
     sums = (shared.sums if simulated else shared.dphase).at[side] if ranks == 4 else None
     # With 2 ranks there is no room for both, but dy is not needed any more.
-    dphase_tile = dy_tile if ranks == 2 and side == QUERIES else shared.dphase.at[zero + (side if ranks == 4 else 0)]
-    if ranks == 4:
+    dy_place = dy_tile.at[pl.ds(0, HALF_ROWS)]
+    dphase_tile = dy_place if ranks == 2 and side == QUERIES else shared.dphase.at[zero + (side if ranks == 4 else 0)]
+    if ranks == 4 and value_tile is not None:
         mimo.send_partial(sums, value, simulated)
     down = product(None, join(*(v * scale for v in values), simulated), state, simulated)
     down = product(down, narrow, other, simulated)
@@ -145,10 +154,9 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
     found = [
         product(None, staged.at[:, :, k], shared.ones, simulated, a_t=True, b_t=True) for k in range(len(for_sums))
     ]
-    value_tile = (z_tile, x_tile)[side]
-    if ranks == 4:
+    if ranks == 4 and value_tile is not None:
         mimo.store_sum(value_tile, sums, value, simulated)
-    else:
+    elif value_tile is not None:
         value_tile[...] = value.astype(jnp.bfloat16)
 
     down = split(settle(down, len(found), simulated), simulated)
@@ -167,7 +175,8 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
         mimo.store_counted(to.mimo.at[k if side == QUERIES else OF_X], v, ranks, simulated)
     publish(simulated)
     meet(simulated)  # no warp's products read what was staged; the value is in its tile
-    plgpu.copy_smem_to_gmem(value_tile, to.value)
+    if value_tile is not None:
+        plgpu.copy_smem_to_gmem(value_tile, to.value)
     for columns in range(2):
         part = slice(64 * columns, 64 * columns + 64)
         store_pair(staged, columns, *(v[:, part].astype(jnp.bfloat16) for v in back), simulated)

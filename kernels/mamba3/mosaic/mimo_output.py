@@ -35,15 +35,15 @@ class Shared(NamedTuple):
     h: jax.Array  # no slots
     x_rows: jax.Array  # of all ranks
     x: jax.Array  # no slots, as z and y
-    z: jax.Array
-    y: jax.Array
+    z: jax.Array | None
+    y: jax.Array  # without gate of all ranks
     late: jax.Array
     early: jax.Array
     start: jax.Array
     b_here: jax.Array  # barriers of what arrives
     c_here: jax.Array
     x_here: jax.Array
-    z_here: jax.Array
+    z_here: jax.Array | None
     late_here: jax.Array
     early_here: jax.Array
     full: jax.Array  # the others, see mimo_forward.py
@@ -54,7 +54,7 @@ class Shared(NamedTuple):
     sums: jax.Array | None = None  # over one pair of two
 
     @staticmethod
-    def types(ranks: int, together: int) -> "Shared":
+    def types(ranks: int, together: int, gated: bool) -> "Shared":
         """What to allocate for so many heads."""
         span = positions(ranks)
 
@@ -66,12 +66,13 @@ class Shared(NamedTuple):
 
         return Shared(
             mimo.blocks(1), mimo.blocks(1), rates_of_chunk(ranks, 1), mimo.blocks(together, 2), mimo.blocks(together),
-            tile(together, P, N), tile(together, 2, ROWS, P), *(tile(together, span, P) for _ in "xzy"),
+            tile(together, P, N), tile(together, 2, ROWS, P), tile(together, span, P),
+            tile(together, span, P) if gated else None, tile(together, span if gated else ROWS, P),
             floats(together, 2, LATE, span), floats(together, 2, COEFFICIENTS, span), floats(together, 2, S),
             plgpu.Barrier(num_arrivals=ranks // 2 + 1), plgpu.Barrier(num_arrivals=ranks // 2), barriers(together),
-            barriers(together), barriers(together, 2), barriers(together, 2, arrivals=2), barriers(together),
-            barriers(together, 2), barriers(together), plgpu.Barrier(num_arrivals=together),
-            plgpu.Barrier(num_arrivals=together), *([floats(together, span, P)] if ranks == 4 else []),
+            barriers(together) if gated else None, barriers(together, 2), barriers(together, 2, arrivals=2),
+            barriers(together), barriers(together, 2), barriers(together), plgpu.Barrier(num_arrivals=together),
+            plgpu.Barrier(num_arrivals=together), floats(together, span, P) if gated and ranks == 4 else None,
         )  # fmt: skip
 
 
@@ -95,7 +96,10 @@ class Place(NamedTuple):
 def multiply(
     place: Place, shared: Shared, state: jax.Array, z_ref, coefficient_ref, weight_ref, d_ref, y_ref, saved_ref
 ) -> jax.Array:
-    """The products' side of a head. `state`: H before the first chunk; returns it after the last."""
+    """The products' side of a head. `state`: H before the first chunk; returns it after the last.
+
+    Without `z_ref` and its gate, `y_ref` gets y of all ranks of a chunk as its rows.
+    """
     index, head, own, first, count, ranks, simulated = place
     span, layout = positions(ranks), positions_layout(ranks)
 
@@ -107,7 +111,8 @@ def multiply(
         plgpu.copy_gmem_to_smem(z_ref.at[index, place.span(ci), head], shared.z.at[own], shared.z_here.at[own])
 
     get_late(0)
-    get_z(0)
+    if z_ref is not None:
+        get_z(0)
     shared.h[own] = state.astype(jnp.bfloat16)
     plgpu.commit_smem()
     skip = d_ref[head]
@@ -136,19 +141,22 @@ def multiply(
         pl.when(ci + 1 < count)(lambda: plgpu.barrier_arrive(shared.c_empty.at[own]))
         y = product(begin(join(*(v * from_start for v in y), simulated), simulated), scores, x_rows, simulated)
         state = product(begin(state * jnp.exp2(end), simulated), to_end_of(x_rows, to_end), b_rows, simulated)
-        plgpu.barrier_wait(shared.z_here.at[own])
-        z_rows = spread(load_tile(shared.z.at[mine], layout), simulated)
-        total = _gate(settle(y, 1, simulated), z_rows, weight, simulated)
-        if ranks == 4:
+        total = settle(y, 1, simulated)
+        if z_ref is not None:
+            plgpu.barrier_wait(shared.z_here.at[own])
+            z_rows = spread(load_tile(shared.z.at[mine], layout), simulated)
+            total = _gate(total, z_rows, weight, simulated)
+        if shared.sums is not None:
             mimo.send_partial(shared.sums.at[mine], total, simulated)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # B: this, too, makes the warps meet
 
         @pl.when(ci + 1 < count)
         def _():
-            get_z(ci + 1)
+            if z_ref is not None:
+                get_z(ci + 1)
             get_late(ci + 1)
 
-        if ranks == 4:
+        if shared.sums is not None:
             mimo.store_sum(shared.y.at[mine], shared.sums.at[mine], total, simulated)
         else:
             shared.y[mine] = total.astype(jnp.bfloat16)
@@ -156,7 +164,8 @@ def multiply(
         pl.when(ci + 2 < count)(lambda: plgpu.barrier_arrive(shared.b_empty.at[own, slot]))
         shared.h[mine] = state.astype(jnp.bfloat16)
         plgpu.commit_smem()  # C
-        plgpu.copy_smem_to_gmem(shared.y.at[own], y_ref.at[index, place.span(ci), head])
+        to = (index, head, first + ci) if z_ref is None else (index, place.span(ci), head)
+        plgpu.copy_smem_to_gmem(shared.y.at[own], y_ref.at[to])
         return state
 
     return lax.fori_loop(0, count, one_chunk, state)

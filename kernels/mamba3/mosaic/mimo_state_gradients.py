@@ -25,7 +25,7 @@ from jax import lax
 
 from . import mimo_weights as of
 from .forward import Prepared
-from .mimo_pieces import ROWS, blocks, iotas, join, positions, positions_layout, spread
+from .mimo_pieces import POS, ROWS, blocks, iotas, join, positions, positions_layout, split, spread
 from .mimo_turning import by_parts, get_rates, get_rows, in_rows, rates_of_chunk, rotate, turn
 from .pieces import (
     COEFFICIENTS,
@@ -56,14 +56,15 @@ FLOW, TURNED_FLOW = range(FLOWS)
 
 
 def state_gradients(
-    dy: jax.Array, z: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array, chunk_ssm: jax.Array,
+    dy: jax.Array, z: jax.Array | None, c: jax.Array, prepared: Prepared, weights: jax.Array, chunk_ssm: jax.Array,
     last_grad: jax.Array | None, *, segments: int, interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradient of H after every chunk, its flows there but for the last, and the gradient before the first token.
 
     Args:
-      dy: gradient of the output, [b, l, h, P] bfloat16; l is a whole number of chunks.
-      z: the gate, likewise.
+      dy: gradient of the output, [b, l, h, P] bfloat16 or, without gate, as rows [b, h, chunks, ROWS, P]; l is a whole
+        number of chunks.
+      z: the gate, [b, l, h, P]; None = none.
       c: C, [b, l, r, g, N] bfloat16.
       prepared: from prepare.py, for chunks of 64 / r positions.
       weights: from `mimo_weights.pack`.
@@ -85,8 +86,8 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
 
     `after` is what that returned (segment_states.py).
     """
-    batch, length, heads, _ = dy.shape
-    ranks, groups = c.shape[2:4]
+    batch, length, ranks, groups, _ = c.shape
+    heads = weights.shape[0]
     span, layout = positions(ranks), positions_layout(ranks)
     per_group, chunks = heads // groups, length // span
     most = -(-chunks // segments)
@@ -118,8 +119,11 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
             plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[0], early_here)
             plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[0], early_here)
             get_rates(rate_ref, index, ci, all_rates.at[0], early_here)
-            plgpu.copy_gmem_to_smem(dy_ref.at[index, here, head], all_dy.at[0], early_here)
-            plgpu.copy_gmem_to_smem(z_ref.at[index, here, head], all_z.at[0], early_here)
+            if z is None:
+                plgpu.copy_gmem_to_smem(dy_ref.at[at], all_dy.at[0], early_here)
+            else:
+                plgpu.copy_gmem_to_smem(dy_ref.at[index, here, head], all_dy.at[0], early_here)
+                plgpu.copy_gmem_to_smem(z_ref.at[index, here, head], all_z.at[0], early_here)
 
         def get_c(back):
             ci = index * chunks + first + count - 1 - back
@@ -149,14 +153,16 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
             cos, sin = turn(here, start, all_rates.at[0], row, column, ranks, simulated)
             end = here[DECAY, span - 1]
             from_start = spread(rows(jnp.exp2(load_rows(here.at[DECAY], layout)), P), simulated)
-            z_wide, dy_wide = (spread(widen(load_tile(v.at[zero], layout), simulated, layout), simulated)
-                               for v in (all_z, all_dy))  # fmt: skip
-            both = []
-            for rank in range(2):
-                half = z_wide * weight(rank, of.MIMO_Z)
-                g = dy_wide * weight(rank, of.MIMO_O) * (half * jnp.tanh(half) + half)
-                both.append((g * from_start).astype(jnp.bfloat16))
-            scaled[...] = join(*both, simulated)
+            if z is None:
+                both = [widen(g, simulated, POS) for g in split(load_tile(all_dy.at[zero]), simulated)]
+            else:
+                z_wide, dy_wide = (spread(widen(load_tile(v.at[zero], layout), simulated, layout), simulated)
+                                   for v in (all_z, all_dy))  # fmt: skip
+                both = []
+                for rank in range(2):
+                    half = z_wide * weight(rank, of.MIMO_Z)
+                    both.append(dy_wide * weight(rank, of.MIMO_O) * (half * jnp.tanh(half) + half))
+            scaled[...] = join(*((g * from_start).astype(jnp.bfloat16) for g in both), simulated)
             plgpu.barrier_wait(c_here)
             rotate(rows_c, rows_c, of.C_BIAS, of.C_REST, weight, cos, sin, simulated)
             plgpu.commit_smem()  # A
@@ -196,9 +202,10 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
         body,
         out_type=added_shapes(batch, heads, segments) if states_only else out,
         scratch_types=[
-            blocks(1), tile(1, span, P), tile(1, span, P), tile(1, ROWS, P), rates_of_chunk(ranks, 1),
+            blocks(1), *((tile(1, ROWS, P), None) if z is None else (tile(1, span, P), tile(1, span, P))),
+            tile(1, ROWS, P), rates_of_chunk(ranks, 1),
             plgpu.SMEM((1, COEFFICIENTS, span), f32), plgpu.SMEM((1, S), f32), tile(1, P, N), tile(1, P, N),
-            plgpu.Barrier(num_arrivals=5), plgpu.Barrier(num_arrivals=ranks // 2), plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=4 + (z is not None)), plgpu.Barrier(num_arrivals=ranks // 2), plgpu.Barrier(),
         ],
         grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,

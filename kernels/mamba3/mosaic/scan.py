@@ -17,12 +17,15 @@ from ...triton_launch import batch_too_large, launch
 from ..cotangents import combine
 from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Inputs, Sequence, Weights
+from ..readout import without_readout
 from ..state import Mamba3State
+from ..triton.readout import read_rows
 from . import backward, mimo_backward, mimo_forward
 from .forward import Operands, Prepared, in_chunks, output_pass, state_pass
 from .mimo_pieces import positions
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
+from .widths import narrowed, widened
 
 _LEAST_JAX = (0, 11)
 _CAPABILITY = "9.0"
@@ -53,25 +56,22 @@ def _unsupported_here() -> str | None:
 def _unsupported_inputs(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
     rank, _, n = seq.b.shape[2:]
     p, s = seq.x.shape[-1], seq.omega.shape[-1]
-    if seq.z is None:
-        return "z is absent; the Mosaic GPU kernels always gate"
     for name in _OPERANDS:
-        if getattr(seq, name).dtype != jnp.bfloat16:
-            return f"{name} has dtype {getattr(seq, name).dtype}; the Mosaic GPU kernels take bfloat16"
+        v = getattr(seq, name)
+        if v is not None and v.dtype != jnp.bfloat16:
+            return f"{name} has dtype {v.dtype}; the Mosaic GPU kernels take bfloat16"
     if rank not in _POSITIONS:
         return f"rank {rank}; the Mosaic GPU kernels take 1, 2 and 4"
     if rank == 1 and any(w is not None for w in (weights.mimo_x, weights.mimo_z, weights.mimo_o)):
         return "MIMO weights are given; the Mosaic GPU kernels take none at rank 1"
-    if (p, n) != (P, N) or s not in (0, S):
-        return f"p = {p}, n = {n}, s = {s}; the Mosaic GPU kernels take p = {P}, n = {N}, s = {S} or 0"
+    if p != P or n > N or s > S:
+        return f"p = {p}, n = {n}, s = {s}; the Mosaic GPU kernels take p = {P}, n up to {N}, s up to {S}"
     if seq.omega.ndim == 4:
         return "omega differs between heads; the Mosaic GPU kernels take one for all"
-    if weights.norm_weight is not None:
-        return "norm_weight is given; the Mosaic GPU kernels have no norm before the gate"
     if chunk_size not in (None, _POSITIONS[rank]):
         return f"chunk_size = {chunk_size}; the Mosaic GPU kernels take {_POSITIONS[rank]} at rank {rank}"
     batch, _, heads, _ = seq.x.shape
-    if max(seq.x.size, seq.b.size, batch * heads * P * N) >= _MAX_ELEMENTS:
+    if max(seq.x.size, seq.b.size // n * N, batch * heads * P * N) >= _MAX_ELEMENTS:
         return "x, b or the state has 2^31 elements or more; the Mosaic GPU kernels take fewer: split the batch"
     return batch_too_large(batch)
 
@@ -88,30 +88,29 @@ def scan(
     """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to.
 
     None instead of a state that is zero spares reading it. Without `return_state` the state that is returned is None,
-    and the backward need not look at its gradient. Without angles (Mamba-2) the kernels turn by 0.
+    and the backward need not look at its gradient. With a norm before the gate, and for MIMO without gate, the kernels
+    leave y of every rank to another.
     """
-    del chunk_size, norm_eps
+    del chunk_size
     acc = jnp.float32
-    rank, s = seq.b.shape[2], seq.omega.shape[-1]
-    seq = seq._replace(omega=_with_angles(seq.omega))
+    rank, n, s = seq.b.shape[2], seq.b.shape[-1], seq.omega.shape[-1]
     seq = seq._replace(**{name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")})
     ssm = None if state is None else entering_ssm(seq, weights, state, acc)
-    if state is not None:
-        state = state._replace(angle=_with_angles(state.angle))
-    else:
-        state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), N, rank, S, seq.x.dtype)
+    if state is None:
+        state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), n, rank, s, seq.x.dtype)
     document = None if segment_ids is None else segment_ids.astype(jnp.int32)
-    y, ssm, angle = _scan(return_state, Inputs(seq, weights, ssm, state.angle.astype(acc), document))
+    to_read_out = weights.norm_weight is not None or (seq.z is None and rank > 1)
+    given = without_readout(seq, weights) if to_read_out else (seq, weights)
+    y, ssm, angle = _scan(return_state, widened(Inputs(*given, ssm, state.angle.astype(acc), document)))
+    if to_read_out:
+        rows, span = (y, _POSITIONS[rank]) if rank > 1 else (y[:, :, :, None], 0)
+        y = read_rows(rows, seq, weights, norm_eps, span)
     if not return_state:
         return y, None
+    ssm, angle = narrowed(ssm, n, s), angle[..., :s]
     if segment_ids is not None:
         ssm, angle = start_at_last_document(ssm, angle, seq, state, number_documents(segment_ids))
-    after = leaving_state(angle, ssm, seq, weights, acc)
-    return y, after._replace(angle=after.angle[..., :s])
-
-
-def _with_angles(v: jax.Array) -> jax.Array:
-    return v if v.shape[-1] else jnp.zeros((*v.shape[:-1], S), v.dtype)
+    return y, leaving_state(angle, ssm, seq, weights, acc)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,7 +143,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 def forward(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y [b, l, h, p], and H [b, h, p, n] and the phase in radians [b, h, s] after the last token; not differentiable.
 
-    Under vmap the launches follow one another.
+    MIMO without gate: y of every rank, in rows (mimo_pieces.py). Under vmap the launches follow one another.
     """
     return forward_in_segments(inputs, _segments_of(inputs))
 
@@ -229,7 +228,8 @@ def backward_in_segments(
 ) -> tuple:
     """`backward_kernels` with a given number of segments; `interpret` as in `forward_in_segments`."""
     given = operands(inputs) if inputs.seq.b.shape[2] == 1 else mimo_forward.operands(inputs)
-    dy = in_chunks(dy, _positions_of(inputs))
+    if dy.shape == inputs.seq.x.shape:  # else in rows, which are of whole chunks
+        dy = in_chunks(dy, _positions_of(inputs))
     return _backward_of(inputs).kernels(given, prepared, chunk_ssm, dy, dssm, segments=segments, interpret=interpret)
 
 

@@ -1,6 +1,7 @@
 """Hopper kernels of the SISO backward scan: G, the gradient of H, from the end of a head's sequence to its start.
 
-Notation as in forward.py. With g = dy ⊙ silu(z), the gradient of y before the gate, per chunk and in registers:
+Notation as in forward.py. With g = dy ⊙ silu(z), the gradient of y before the gate (without gate dy itself), per chunk
+and in registers:
 
     G ← 2^(L_end) G + (2^L ⊙ g)ᵀ C
 
@@ -46,14 +47,14 @@ from .segment_states import added_shapes, load_state, no_state, pass_through, st
 
 
 def state_gradients(
-    dy: jax.Array, z: jax.Array, c: jax.Array, prepared: Prepared, c_bias: jax.Array, last_grad: jax.Array | None,
-    *, segments: int, interpret=None,
+    dy: jax.Array, z: jax.Array | None, c: jax.Array, prepared: Prepared, c_bias: jax.Array,
+    last_grad: jax.Array | None, *, segments: int, interpret=None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The gradient of H after every chunk, and before the first token.
 
     Args:
-      dy: gradient of the gated y, [b, l, h, P] bfloat16; l is a whole number of chunks.
-      z: the gate, likewise.
+      dy: gradient of the output, [b, l, h, P] bfloat16; l is a whole number of chunks.
+      z: the gate, likewise; None = none.
       c: C, [b, l, g, N] bfloat16.
       prepared: from prepare.py.
       c_bias: [h, 1, N] float32.
@@ -107,7 +108,8 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
             plgpu.copy_gmem_to_smem(coefficient_ref.at[index, head, ci], both_coefficients.at[slot], here)
             plgpu.copy_gmem_to_smem(start_ref.at[index, head, ci], both_starts.at[slot], here)
             plgpu.copy_gmem_to_smem(dy_ref.at[index, span(back), head], both_dy.at[slot], here)
-            plgpu.copy_gmem_to_smem(z_ref.at[index, span(back), head], both_z.at[slot], here)
+            if z is not None:
+                plgpu.copy_gmem_to_smem(z_ref.at[index, span(back), head], both_z.at[slot], here)
 
         plgpu.copy_gmem_to_smem(c_bias_ref.at[head], bias, bias_here)
         get_raw(0)
@@ -132,8 +134,10 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
             plgpu.barrier_wait(raw_here)
 
             def without_phases():
-                half = widen(load_tile(both_z.at[slot]) * jnp.bfloat16(0.5), simulated)
-                g = widen(load_tile(both_dy.at[slot]), simulated) * (half * jnp.tanh(half) + half)
+                g = widen(load_tile(both_dy.at[slot]), simulated)
+                if z is not None:
+                    half = widen(load_tile(both_z.at[slot]) * jnp.bfloat16(0.5), simulated)
+                    g = g * (half * jnp.tanh(half) + half)
                 scaled[...] = (g * rows(jnp.exp2(load_rows(here.at[DECAY])), P)).astype(jnp.bfloat16)
                 rot[:, pl.ds(HALF, HALF)] = resting(raw, narrow_bias)
 
@@ -175,10 +179,11 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
         body,
         out_type=added_shapes(batch, heads, segments) if states_only else out,
         scratch_types=[
-            tile(T, N), tile(T, 2 * S), tile(2, T, P), tile(2, T, P),
+            tile(T, N), tile(T, 2 * S), tile(2, T, P), None if z is None else tile(2, T, P),
             plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
             plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((HALF,), jnp.bfloat16), tile(T, N), tile(T, P), tile(P, N),
-            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=3 + (z is not None), num_barriers=2),
+            plgpu.Barrier(),
         ],
         grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,

@@ -7,10 +7,11 @@ from ...documents import number_documents
 from ...triton_launch import batch_too_large
 from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Sequence, Weights
-from ..readout import per_rank, readout
+from ..readout import without_readout
 from ..state import Mamba3State
 from . import op
 from .plans import choose_plan, too_large
+from .readout import read_rows
 
 _MAX_WIDTH = 256  # of the state and of a head, padded to a power of two
 _MAX_ELEMENTS = 2**31  # of the input or of y with its ranks: their offsets are int32
@@ -58,31 +59,14 @@ def scan(
     seq = seq._replace(**narrow, **wide)
     document = None if segment_ids is None else number_documents(segment_ids)
     with_norm = weights.norm_weight is not None
-    kernel_seq, kernel_weights = seq, weights
-    if with_norm:  # Between the kernels' y and the gate: skip, norm, gate and the sum over ranks follow in JAX.
-        kernel_seq = seq._replace(z=None)
-        kernel_weights = weights._replace(d=None, mimo_z=None, mimo_o=None, norm_weight=None)
+    kernel_seq, kernel_weights = without_readout(seq, weights) if with_norm else (seq, weights)
     s = seq.omega.shape[-1]
     ssm = op.to_kernel_order(entering_ssm(seq, weights, state, acc), s)
     inputs = op.Inputs(kernel_seq, kernel_weights, ssm, state.angle.astype(acc), document)
     y, ssm, angle = op.scan(choose_plan(seq, chunk_size)._replace(row_output=with_norm), inputs)
     if with_norm:
-        y = _normed(y, seq, weights, norm_eps)
+        y = read_rows(y, seq, weights, norm_eps)
     ssm = op.from_kernel_order(ssm, s)
     if document is not None:
         ssm, angle = start_at_last_document(ssm, angle, seq, state, document)
     return y.astype(dtype), leaving_state(angle, ssm, seq, weights, acc)._replace(x=seq.x[:, -1].astype(dtype))
-
-
-def _normed(y: jax.Array, seq: Sequence, weights: Weights, norm_eps: float) -> jax.Array:
-    """The read-out of y [b, l, h, r, p]."""
-    heads, rank, p = y.shape[2:]
-
-    def expand(w: jax.Array | None, *tail: int) -> jax.Array | None:
-        return None if w is None else w.astype(jnp.float32).reshape(1, 1, heads, *tail)
-
-    x = jnp.swapaxes(per_rank(jnp.swapaxes(seq.x.astype(jnp.float32), 1, 2)[..., None, :], weights.mimo_x, rank), 1, 2)
-    return readout(
-        y.astype(jnp.float32), x, seq.z, expand(weights.d, 1, 1), expand(weights.mimo_z, rank, p),
-        expand(weights.mimo_o, rank, p), expand(weights.norm_weight, 1, p), norm_eps,
-    )  # fmt: skip

@@ -28,18 +28,20 @@ from ...triton_launch import batch_too_large, launch
 from .. import reference
 from ..inputs import Sequence, Weights
 from ..state import Mamba3State
-from .pieces import sigmoid
 from .step_pieces import (
     cos_sin,
     exp,
     outer_operands,
+    places,
+    read_by_sums,
+    read_out,
     readout_operand,
-    stack,
+    request,
+    request_ranks,
+    request_readout,
     tile,
-    tile_columns,
     untile,
     untile_rows,
-    with_bias,
     wrap,
 )
 
@@ -55,16 +57,6 @@ class Tiling(NamedTuple):
     columns: int  # W
     warps: int
     dots: bool  # tensor cores instead of one multiply-add per product
-
-
-@triton.jit
-def _requested(ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr, S: tl.constexpr):
-    """B or C of a rank, or of all, with its bias; and what each column turns with."""
-    v = with_bias(ptr, bias_ptr, at + column, bias_at + column, exists, HAS_BIAS)
-    other = v
-    if S > 0:
-        other = with_bias(ptr, bias_ptr, at + partner, bias_at + partner, turns, HAS_BIAS)
-    return v, other
 
 
 @triton.jit
@@ -99,10 +91,7 @@ def step_kernel(
     partner = tl.where(imaginary, column - S, column + S)
     if S > 0:
         pair = tl.where(imaginary, column - S, column)
-        omega_at = batch * S
-        if OMEGA_HEADS:
-            omega_at = row_head * S
-        omega = tl.load(omega_ptr + omega_at + pair, mask=turns, other=0.0)
+        omega = tl.load(omega_ptr + (row_head if OMEGA_HEADS else batch) * S + pair, mask=turns, other=0.0)
         angle = tl.load(angle_ptr + row_head * S + pair, mask=turns, other=0.0)
     token_at = batch * (R * G * N) + group * N
     bias_at = head * (R * N)
@@ -112,23 +101,17 @@ def step_kernel(
     columns, partners = column[None, :], partner[None, :]
     exist, rotate = (ranks < R) & in_n[None, :], (ranks < R) & turns[None, :]
     if DOTS:
-        b, b_partner = _requested(b_ptr, b_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate,
-                                  HAS_B_BIAS, S)  # fmt: skip
+        b, b_partner = request(b_ptr, b_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate, HAS_B_BIAS, S)
         before = tl.load(b_prev_ptr + own_base + own_at, mask=exist, other=0.0).to(tl.float32)
     else:
-        bs, befores = (), ()
+        bs = request_ranks(b_ptr, b_bias_ptr, token_at, bias_at, column, partner, in_n, turns, HAS_B_BIAS, G, R, N, S)
+        befores = ()
         for r in tl.static_range(R):
-            bs += (_requested(b_ptr, b_bias_ptr, token_at + r * (G * N), bias_at + r * N, column, partner, in_n, turns,
-                              HAS_B_BIAS, S),)  # fmt: skip
             befores += (tl.load(b_prev_ptr + own_base + r * N + column, mask=in_n, other=0.0).to(tl.float32),)
     if DOTS and NARROW:
-        c, c_partner = _requested(c_ptr, c_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate,
-                                  HAS_C_BIAS, S)  # fmt: skip
+        c, c_partner = request(c_ptr, c_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate, HAS_C_BIAS, S)
     else:
-        cs = ()
-        for r in tl.static_range(R):
-            cs += (_requested(c_ptr, c_bias_ptr, token_at + r * (G * N), bias_at + r * N, column, partner, in_n, turns,
-                              HAS_C_BIAS, S),)  # fmt: skip
+        cs = request_ranks(c_ptr, c_bias_ptr, token_at, bias_at, column, partner, in_n, turns, HAS_C_BIAS, G, R, N, S)
 
     # What belongs to a row of H, [PP, RP]: the same for every rank where ranks share it.
     p = tl.arange(0, PP)[:, None]
@@ -142,23 +125,12 @@ def step_kernel(
     if HAS_MIMO_X:
         mimo_x = tl.load(mimo_x_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
         x, x_prev = x * mimo_x, x_prev * mimo_x
-    if HAS_Z:
-        gate = tl.load(z_ptr + x_at, mask=in_rank, other=0.0).to(tl.float32)
-        if HAS_MIMO_Z:
-            gate *= tl.load(mimo_z_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
-    if HAS_MIMO_O:
-        mimo_o = tl.load(mimo_o_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        norm = tl.load(norm_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-    if HAS_D:
-        d = tl.load(d_ptr + head).to(tl.float32)
+    gate, mimo_o, norm, d = request_readout(
+        z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, x_at, rank_at, in_rank, P, HAS_Z, HAS_MIMO_Z,
+        HAS_MIMO_O, HAS_NORM, HAS_D,
+    )  # fmt: skip
 
-    if DOTS:
-        row = tl.arange(0, PP // 2)[:, None, None, None] + tl.arange(0, 2)[None, None, :, None] * (PP // 2)
-        wide = tl.arange(0, C)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
-    else:
-        row = tl.arange(0, PP)[:, None, None]
-        wide = tl.arange(0, C)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    row, wide = places(PP, C, W, DOTS)
     state_base = row_head.to(tl.int64) * (P * N)
     state_at = row * N + wide
     in_state = (row < P) & (wide < N)
@@ -200,29 +172,13 @@ def step_kernel(
         # From H as it is stored: rounded, an accumulator is an operand without moving between threads.
         y = tl.sum(tl.reshape(tl.dot(h.to(tl.bfloat16), c), (PP, RP, 16 // RP)), 2)
     else:
-        ys = ()
-        for r in tl.static_range(R):
-            c = cs[r][0] * cos + cs[r][1] * sin
-            if DOTS:
-                ys += (tl.sum(h * tile_columns(tl.reshape(c, (1, NP)), 1, NP, W, V), 1),)
-            else:
-                ys += (tl.sum(tl.reshape(h * tl.reshape(c, (1, C, W)), (PP, NP)), 1),)
-        y = stack(ys, R, RP)
+        y = read_by_sums(h, cs, cos, sin, R, RP, PP, NP, W, V, DOTS)
     if DOTS:
         y = untile_rows(y, PP, RP)
         h = untile(h, PP, NP, W, V)
     tl.store(ssm_out_ptr + state_base + state_at, h.to(ssm_out_ptr.dtype.element_ty), mask=in_state)
 
-    scale = 1.0
-    if HAS_Z:
-        scale = gate * sigmoid(gate, FAST)
-    if HAS_MIMO_O:
-        scale *= mimo_o
-    if HAS_D:
-        y += d * x
-    if HAS_NORM:
-        y *= tl.rsqrt(tl.sum(y * y, 0) / P + norm_eps)[None, :] * norm
-    y = tl.sum(tl.where(in_rank, y * scale, 0.0), 1)
+    y = read_out(y, x, gate, mimo_o, norm, d, norm_eps, in_rank, P, HAS_Z, HAS_MIMO_O, HAS_NORM, HAS_D, FAST)
     p = tl.arange(0, PP)
     tl.store(y_ptr + row_head * P + p, y.to(y_ptr.dtype.element_ty), mask=p < P)
 

@@ -1,4 +1,4 @@
-"""What the step's kernel is made of: functions of an angle and a decay, and H in the tile of a product.
+"""What the step's kernel is made of: functions of an angle and a decay, loads, H in a product's tile, the read-out.
 
 The tensor cores' product [PP, NP] wants the numbers of a thread in rows and columns of its own choice. Which row of H
 is called which row of the product, and which column which, is free as long as the other operands agree. So H is loaded
@@ -9,6 +9,8 @@ has what the product wants from it: nothing moves between threads.
 
 import triton
 import triton.language as tl
+
+from .pieces import sigmoid
 
 # As ../rotary.py: k · _TWO_PI_HIGH is exact, and the rest of 2π is subtracted apart.
 _TWO_PI = tl.constexpr(6.283185307179586)
@@ -64,6 +66,76 @@ def with_bias(ptr, bias_ptr, at, bias_at, exists, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def request(ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr, S: tl.constexpr):
+    """B or C of a rank, or of all, with its bias; and what each column turns with."""
+    v = with_bias(ptr, bias_ptr, at + column, bias_at + column, exists, HAS_BIAS)
+    other = v
+    if S > 0:
+        other = with_bias(ptr, bias_ptr, at + partner, bias_at + partner, turns, HAS_BIAS)
+    return v, other
+
+
+@triton.jit
+def request_ranks(ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr,
+                  G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """`request` of every rank apart."""
+    found = ()
+    for r in tl.static_range(R):
+        found += (request(ptr, bias_ptr, at + r * (G * N), bias_at + r * N, column, partner, exists, turns, HAS_BIAS,
+                          S),)  # fmt: skip
+    return found
+
+
+@triton.jit
+def request_readout(z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, x_at, rank_at, in_rank, P: tl.constexpr,
+                    HAS_Z: tl.constexpr, HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr, HAS_NORM: tl.constexpr,
+                    HAS_D: tl.constexpr):  # fmt: skip
+    """What `read_out` needs besides y and x: gate and mimo_o [PP, RP], the norm's weight [PP, 1] and D; 1 if absent."""
+    gate, mimo_o, norm, d = 1.0, 1.0, 1.0, 1.0
+    if HAS_Z:
+        gate = tl.load(z_ptr + x_at, mask=in_rank, other=0.0).to(tl.float32)
+        if HAS_MIMO_Z:
+            gate *= tl.load(mimo_z_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
+    if HAS_MIMO_O:
+        mimo_o = tl.load(mimo_o_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        norm = tl.load(norm_ptr + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+    if HAS_D:
+        d = tl.load(d_ptr + head).to(tl.float32)
+    return gate, mimo_o, norm, d
+
+
+@triton.jit
+def read_by_sums(h, cs, cos, sin, R: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr,
+                 W: tl.constexpr, V: tl.constexpr, TILED: tl.constexpr):  # fmt: skip
+    """H C_r of every rank, [PP, RP], in float32. `cs`: from `request_ranks`; TILED: whether H is as `tile` has it."""
+    ys = ()
+    for r in tl.static_range(R):
+        c = cs[r][0] * cos + cs[r][1] * sin
+        if TILED:
+            ys += (tl.sum(h * tile_columns(tl.reshape(c, (1, NP)), 1, NP, W, V), 1),)
+        else:
+            ys += (tl.sum(tl.reshape(h * tl.reshape(c, (1, NP // W, W)), (PP, NP)), 1),)
+    return stack(ys, R, RP)
+
+
+@triton.jit
+def read_out(y, x, gate, mimo_o, norm, d, norm_eps, in_rank, P: tl.constexpr, HAS_Z: tl.constexpr,
+             HAS_MIMO_O: tl.constexpr, HAS_NORM: tl.constexpr, HAS_D: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """As ../readout.py: y and x [PP, RP] → [PP]."""
+    scale = 1.0
+    if HAS_Z:
+        scale = gate * sigmoid(gate, FAST)
+    if HAS_MIMO_O:
+        scale *= mimo_o
+    if HAS_D:
+        y += d * x
+    if HAS_NORM:
+        y *= tl.rsqrt(tl.sum(y * y, 0) / P + norm_eps)[None, :] * norm
+    return tl.sum(tl.where(in_rank, y * scale, 0.0), 1)
+
+
+@triton.jit
 def halves(v, NARROW: tl.constexpr):
     """Two arrays whose sum is v: bfloat16, to 2^-17, or what the tensor cores read of float32, to 2^-20."""
     if NARROW:
@@ -104,6 +176,18 @@ def readout_operand(c, NP: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, V: t
     for _ in tl.static_range(PADDINGS):
         c = tl.join(c, tl.zeros_like(c))
     return tl.reshape(c, (NP, 16))
+
+
+@triton.jit
+def places(PP: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TILED: tl.constexpr):
+    """Rows and columns of H as it is loaded, [PP / 2, C, 2, W] for `tile`, else [PP, C, W]."""
+    if TILED:
+        row = tl.arange(0, PP // 2)[:, None, None, None] + tl.arange(0, 2)[None, None, :, None] * (PP // 2)
+        column = tl.arange(0, C)[None, :, None, None] * W + tl.arange(0, W)[None, None, None, :]
+    else:
+        row = tl.arange(0, PP)[:, None, None]
+        column = tl.arange(0, C)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    return row, column
 
 
 @triton.jit
