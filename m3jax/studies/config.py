@@ -141,8 +141,8 @@ class EvaluationConfig:
 
 
 def _shared_model() -> ModelConfig:
-    # Kernels for GPUs would take one run after another, and at these sizes there is memory for all activations.
-    return ModelConfig(d_intermediate=0, d_state=64, dtype="float32", remat="none", scan_implementation="xla")
+    # At these sizes there is memory for all activations.
+    return ModelConfig(d_intermediate=0, d_state=64, dtype="float32", remat="none")
 
 
 @dataclass(frozen=True)
