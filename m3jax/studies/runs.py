@@ -182,7 +182,7 @@ def count_correct(
 def _answers(model: ModelConfig, params: PyTree, batch: Questions) -> jax.Array:
     """Logits [b, k, V] at the supervised positions."""
     module = LanguageModel(_with_chunks(model, batch.tokens.shape[-1]))
-    hidden = module.apply({"params": params}, batch.tokens, method="hidden")
+    hidden = module.apply({"params": params}, batch.tokens, batch.documents, method="hidden")
     asked = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
     return module.apply({"params": params}, asked, method="logits")
 

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.optimizer.final_learning_rate = 1e-6
     config.train.stages = "40:20000"
     config.train.array_lengths = "40"
+    config.train.packed = True
     config.train.block_steps = 200
     config.train.matmul_precision = "tensorfloat32"
     config.evaluation.lengths = "40-256"

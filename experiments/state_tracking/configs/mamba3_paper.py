@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.optimizer.final_learning_rate = 1e-6
     config.train.stages = ",".join(f"{longest}:400" for longest in range(40, 161, 5))
     config.train.array_lengths = "80,160"
+    config.train.packed = True
     config.train.block_steps = 200
     config.train.matmul_precision = "tensorfloat32"
     return config

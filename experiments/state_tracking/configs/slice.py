@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.train.stages = "40:100000"
     config.train.array_lengths = "40"
+    config.train.packed = True
     config.train.block_steps = 200
     config.train.matmul_precision = "tensorfloat32"
     config.evaluation.lengths = "40-256"
