@@ -6,11 +6,22 @@ import jax
 import jax.numpy as jnp
 
 _EXACT = jax.lax.Precision.HIGHEST
+_ROUNDING = ("default", "high", "bfloat16", "tensorfloat32")  # names of jax.default_matmul_precision
 
 
 def operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """What products of inputs of this dtype take: XLA's CPU backend lacks some of narrow numbers with wide results."""
     return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+
+
+def rounds_float32() -> bool:
+    """Whether the caller has chosen, by jax.default_matmul_precision, products that round operands of float32."""
+    return jax.config.jax_default_matmul_precision in _ROUNDING
+
+
+def chosen_precision() -> jax.lax.Precision | None:
+    """Of products of float32: the one that the caller has chosen by jax.default_matmul_precision, else exact."""
+    return None if jax.config.jax_default_matmul_precision else _EXACT
 
 
 def matmul(spec: str, left: jax.Array, right: jax.Array, operand: jnp.dtype) -> jax.Array:
@@ -19,7 +30,7 @@ def matmul(spec: str, left: jax.Array, right: jax.Array, operand: jnp.dtype) -> 
     Operands of that same dtype are multiplied exactly, unless the caller has chosen a jax.default_matmul_precision.
     """
     if operand == left.dtype:
-        return jnp.einsum(spec, left, right, precision=None if jax.config.jax_default_matmul_precision else _EXACT)
+        return jnp.einsum(spec, left, right, precision=chosen_precision())
     return _matmul(spec, operand, left, right)
 
 

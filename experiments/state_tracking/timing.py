@@ -51,7 +51,7 @@ def time_group(study: StudyConfig, group: Group) -> dict[str, float]:
         seconds.append((time.perf_counter() - began) / n)
     *_, questions = rest
     width = sum(len(of_kind.tokens) * of_kind.tokens.shape[-1] for of_kind in questions) / n
-    tokens = len(group.runs) * study.train.batch_size * width
+    tokens = len(group.runs) * sum(len(of_kind.tokens) * of_kind.tokens[0, 0].size for of_kind in questions) / n
     flops = sum(len(of_kind.tokens) * flops_of(group, of_kind) for of_kind in questions) / n
     memory = compiled.memory_analysis()
     # XLA counts what a loop does once: the loop over steps is meant, one over layers would be missed.
@@ -74,7 +74,10 @@ def measure(study: StudyConfig, groups: list[Group]) -> list[dict[str, object]]:
     rows, seen = [], {}
     for group in groups:
         arrays = (span._replace(longest=study.train.arrays[-1]) for span in study.training_spans)
-        key = (group.model, *((group.width(span, study.train.bos), group.answers(span)) for span in arrays))
+        key = (
+            group.model,
+            *((group.width(span, study.train.bos, study.train.packed), group.answers(span)) for span in arrays),
+        )
         seen.setdefault(key, []).append(group)
     for same in seen.values():
         row = {"groups": [group.name for group in same], "layers": same[0].model.n_layers, "runs": len(same[0].runs)}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from ..products import rounds_float32
 from ..triton_launch import launch
 from .inputs import Sequence
 
@@ -41,7 +42,9 @@ def walk_in_triton(
          jax.ShapeDtypeStruct(state.shape, state.dtype)],
         (rows, triton.cdiv(p, tile), 1), _WARPS,
         {"C": c, "N": n, "P": p, "CP": _padded(c), "NP": _padded(n), "PP": tile, "HAS_ADDED": added is not None,
-         "REVERSE": reverse, "PRECISION": "ieee" if exact else None, "STAGES": 1 if exact else _STAGES},
+         "REVERSE": reverse, "PRECISION": "ieee" if exact and not rounds_float32() else "tf32",
+         "STAGES": 1 if exact else _STAGES},
+        batch_axis=0,
     )  # fmt: skip
     return updates, entering, last
 
@@ -56,8 +59,12 @@ def _walk(
     C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CP: tl.constexpr, NP: tl.constexpr, PP: tl.constexpr,
     HAS_ADDED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All chunks of one head of one batch row, for PP of the P rows of S; CP, NP: C, N padded to powers of two."""
+    """All chunks of one head of one batch row, for PP of the P rows of S; CP, NP: C, N padded to powers of two.
+
+    Of several runs (see `launch`) each has `rows` batch rows and heads.
+    """
     row = tl.program_id(0)
+    run = row // rows
     operand = own_ptr.dtype.element_ty
     c, n = tl.arange(0, CP)[:, None], tl.arange(0, NP)[None, :]
     p = tl.program_id(1) * PP + tl.arange(0, PP)
@@ -69,7 +76,7 @@ def _walk(
         chunk = turn
         if REVERSE:
             chunk = chunks - 1 - turn
-        at = chunk.to(tl.int64) * rows + row
+        at = (run * chunks + chunk).to(tl.int64) * rows + row % rows
         write = tl.load(write_ptr + at * C * N + keys_at, mask=keys_in, other=0.0)
         read = tl.load(read_ptr + at * C * N + keys_at, mask=keys_in, other=0.0)
         own = tl.load(own_ptr + at * C * P + values_at, mask=values_in, other=0.0)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_EXACT = jax.lax.Precision.HIGHEST
+from ..products import chosen_precision
+
 _TOGETHER = 4  # chunks in one turn of XLA's loop, each of which takes longer to start than a chunk to pass
 
 
@@ -51,7 +52,7 @@ def _states_backward(walk, residuals, cotangents) -> tuple[Chunks, jax.Array]:
     d_own, leaving, d_state = walk(
         d_updates, chunks.read, chunks.write, chunks.decay, d_last, d_entering, reverse=True
     )  # fmt: skip
-    product = functools.partial(jnp.einsum, precision=_EXACT)
+    product = functools.partial(jnp.einsum, precision=chosen_precision())
     d_decay = jnp.sum(entering.astype(d_last.dtype) * leaving.astype(d_last.dtype), axis=(-2, -1))
     return Chunks(
         own=d_own,
@@ -70,7 +71,7 @@ def walk_in_jax(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """One walk through the chunks, from the last to the first if `reverse`; `added` to S after each chunk."""
     operand = own.dtype
-    product = functools.partial(jnp.einsum, precision=_EXACT, preferred_element_type=state.dtype)
+    product = functools.partial(jnp.einsum, precision=chosen_precision(), preferred_element_type=state.dtype)
 
     def body(state: jax.Array, here: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         own, write, read, decay, added = here

@@ -94,6 +94,7 @@ class TrainingConfig:
     shortest: int = 3  # length in all stages; 0 = all sequences of a step are as long as its longest
     array_lengths: str = "40"  # arrays hold sequences of one of these lengths, the first that is enough; each compiles
     batch_size: int = 256
+    packed: bool = False  # two sequences in a row, lengths drawn in pairs of one sum (questions.py): less padding
     block_steps: int = 100  # steps of one call; all stages together are a multiple
     label_smoothing: float = 0.0  # share of a target's probability that all tokens of the vocabulary have alike
     stop_accuracy: float = 0.0  # a group ends once all seeds of a learning rate reach it over a block; 0 = never
@@ -141,8 +142,8 @@ class EvaluationConfig:
 
 
 def _shared_model() -> ModelConfig:
-    # Kernels for GPUs would take one run after another, and at these sizes there is memory for all activations.
-    return ModelConfig(d_intermediate=0, d_state=64, dtype="float32", remat="none", scan_implementation="xla")
+    # At these sizes there is memory for all activations.
+    return ModelConfig(d_intermediate=0, d_state=64, dtype="float32", remat="none")
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ def _check_train(train: TrainingConfig) -> None:
                 "at least one length for every stage, and positive numbers")  # fmt: skip
     for name in ("batch_size", "block_steps"):
         require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "at least 1")
+    require(not train.packed or train.batch_size % 2 == 0, "train.batch_size", train.batch_size,
+            "an even number, as train.packed puts two sequences in a row")  # fmt: skip
     require(train.steps % train.block_steps == 0, "train.block_steps", train.block_steps,
             f"a divisor of the {train.steps} steps of train.stages")  # fmt: skip
     for stage in train.curriculum:

@@ -6,7 +6,7 @@ import numpy as np
 
 from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.grid import Group
-from m3jax.studies.questions import TEST, VALIDATION, draw_questions, stream
+from m3jax.studies.questions import TEST, VALIDATION, Questions, draw_questions, stream
 from m3jax.studies.runs import PyTree, count_correct
 
 _SEED = 2**31 - 1  # no run's
@@ -30,7 +30,21 @@ def evaluate_group(study: StudyConfig, group: Group, params: PyTree) -> Accuraci
             for name, purpose in _SETS.items()}  # fmt: skip
 
 
+def compile_evaluation(study: StudyConfig, group: Group, params: PyTree) -> None:
+    """Compiles what `evaluate_group` runs with the same arguments, for its calls to find."""
+    for span in study.evaluation.spans:
+        batches = _batches(study, group, VALIDATION, span)
+        count_correct.lower(group.model, params, batches, study.train.runs_at_once).compile()
+
+
 def _accuracies(study: StudyConfig, group: Group, params: PyTree, purpose: int, span: Span) -> list[float]:
+    batches = _batches(study, group, purpose, span)
+    right, answers = count_correct(group.model, params, batches, study.train.runs_at_once)
+    return (np.asarray(right) / float(answers)).tolist()
+
+
+def _batches(study: StudyConfig, group: Group, purpose: int, span: Span) -> Questions:
+    """The sequences of a set, [n, b, ...]."""
     train, n = study.train, study.evaluation.sequences
     width = group.width(span, train.bos)
     # As many positions at once as in a training step, which needs more memory.
@@ -40,6 +54,4 @@ def _accuracies(study: StudyConfig, group: Group, params: PyTree, purpose: int, 
     key = jax.random.fold_in(stream(_SEED, purpose), jnp.uint32(span.shortest * 2**16 + span.longest))
     shortest, longest = span.shortest + group.shift, span.longest + group.shift
     questions = draw_questions(key, group.task(span), n, shortest, longest, width, group.answers(span), train.bos)
-    batches = jax.tree.map(lambda v: v.reshape(n // batch, batch, *v.shape[1:]), questions)
-    right, answers = count_correct(group.model, params, batches, train.runs_at_once)
-    return (np.asarray(right) / float(answers)).tolist()
+    return jax.tree.map(lambda v: v.reshape(n // batch, batch, *v.shape[1:]), questions)

@@ -49,12 +49,13 @@ class Group:
         """The task that a span's sequences are of."""
         return span.task(self.task_name)
 
-    def width(self, span: Span, bos: bool) -> int:
-        """Positions of arrays for a span's sequences.
+    def width(self, span: Span, bos: bool, packed: bool = False) -> int:
+        """Positions of arrays for a span's sequences; packed, for a shortest and a longest one side by side.
 
         Rounded up to a multiple of 8, so that tasks which count a position more or less have the same arrays.
         """
-        positions = self.task(span).positions(span.longest + self.shift) + bos
+        lengths = (span.longest, span.shortest) if packed else (span.longest,)
+        positions = sum(self.task(span).positions(length + self.shift) + bos for length in lengths)
         return round_up(positions, _POSITIONS)
 
     def answers(self, span: Span) -> int:

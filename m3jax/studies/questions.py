@@ -3,6 +3,9 @@
 Drawing is a program apart from training: its loops (brackets go down a tree, level by level) run once for a whole block
 of steps, and tasks whose arrays have the same shapes share the compiled training step.
 
+Packed rows hold two sequences each. Lengths are drawn in pairs that add up to the shortest and the longest, so that
+every pair fits into a row of these two; each of them is drawn evenly all the same, and half as many rows are computed.
+
 Letters: n steps, s seeds, b sequences, w positions, k supervised positions.
 """
 
@@ -13,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.data.tasks import Task
-from m3jax.data.tasks.task import Length
+from m3jax.data.tasks.task import Length, draw_lengths
 
 # Streams of random numbers, apart from each other and from all others of a seed.
 INITIALISATION, DATA, VALIDATION, TEST = range(4)
@@ -26,6 +29,7 @@ class Questions(NamedTuple):
     positions: jax.Array  # int32 [..., b, k], where answers are due
     targets: jax.Array  # int32 [..., b, k]
     real: jax.Array  # bool [..., b, k]; False = a sequence with fewer answers than k
+    documents: jax.Array | None = None  # int32 [..., b, w], which sequence of its row a position is of; None = one each
 
 
 def stream(seed: jax.Array | int, purpose: int) -> jax.Array:
@@ -57,10 +61,36 @@ def draw_questions(
     return Questions(tokens, positions + bos, targets, real)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "batch_size", "width", "answers", "bos"))
+def draw_packed(
+    key: jax.Array, task: Task, batch_size: int, shortest: Length, longest: Length, width: int, answers: int, bos: bool
+) -> Questions:
+    """Draws a batch of half as many rows, arguments as in `draw_questions`; w for a shortest and a longest sequence."""
+    length_key, key = jax.random.split(key)
+    first = draw_lengths(length_key, batch_size // 2, shortest, longest)
+    lengths = jnp.stack([first, shortest + longest - first])
+
+    def draw(key: jax.Array, length: jax.Array) -> Questions:
+        one = draw_questions(key, task, 1, length, length, width, answers, bos)
+        return jax.tree.map(lambda v: v[0], one)
+
+    drawn = jax.vmap(jax.vmap(draw))(jax.random.split(key, lengths.shape), lengths)
+    return jax.vmap(_pack)(*(jax.tree.map(lambda v, i=i: v[i], drawn) for i in range(2)))
+
+
+def _pack(first: Questions, second: Questions) -> Questions:
+    """Puts the second sequence behind the last answer of the first; rows [w], [k] → [w], [2k]."""
+    begins = 1 + jnp.max(jnp.where(first.real, first.positions, 0))
+    at = jnp.arange(first.tokens.shape[-1])
+    asked = jnp.concatenate([first.positions, jnp.minimum(second.positions + begins, at[-1])])
+    targets, real = (jnp.concatenate(both) for both in ((first.targets, second.targets), (first.real, second.real)))
+    tokens = jnp.where(at < begins, first.tokens, jnp.roll(second.tokens, begins))
+    return Questions(tokens, asked, targets, real, (at >= begins).astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("task", "batch_size", "width", "answers", "bos", "packed"))
 def draw_block(
     seeds: jax.Array, steps: jax.Array, shortest: jax.Array, longest: jax.Array, *, task: Task, batch_size: int,
-    width: int, answers: int, bos: bool,
+    width: int, answers: int, bos: bool, packed: bool,
 ) -> Questions:  # fmt: skip
     """Draws the batches of several steps for several seeds; what a step draws depends on its number and width alone.
 
@@ -74,14 +104,16 @@ def draw_block(
       width: w.
       answers: k.
       bos: whether a token of its own comes first.
+      packed: whether rows hold two sequences.
 
     Returns:
-      Arrays [n, s, b, ...].
+      Arrays [n, s, b, ...]; packed, [n, s, b/2, ...].
     """
 
     def draw(step: jax.Array, shortest: jax.Array, longest: jax.Array, seed: jax.Array) -> Questions:
         key = jax.random.fold_in(stream(seed, DATA), step)
-        return draw_questions(key, task, batch_size, shortest, longest, width, answers, bos)
+        draw_batch = draw_packed if packed else draw_questions
+        return draw_batch(key, task, batch_size, shortest, longest, width, answers, bos)
 
     over_seeds = jax.vmap(draw, in_axes=(None, None, None, 0))
     return jax.vmap(over_seeds, in_axes=(0, 0, 0, None))(steps, shortest, longest, seeds)

@@ -16,13 +16,16 @@ import jax.numpy as jnp
 import optax
 
 from m3jax.config import ModelConfig, OptimizerConfig
+from m3jax.kernels.gpu import no_triton_here, partitioned
 from m3jax.models.language_model import LanguageModel
 from m3jax.studies.questions import INITIALISATION, Questions, stream
 from m3jax.training.optimizer import make_optimizer
 from m3jax.training.schedule import make_schedule
 
 PyTree = Any
-_CHUNK_ROWS = 40  # of a scan's chunk: what costs least at state and head widths of 64 (docs/state_tracking.md)
+# Rows of a scan's chunk: what costs least at state and head widths of 64 (docs/state_tracking.md).
+_CHUNK_ROWS = 40  # in plain JAX
+_TRITON_CHUNK_ROWS = 32  # of the gated delta rule, which is plain JAX but for a kernel
 
 
 @dataclass(frozen=True)
@@ -179,14 +182,19 @@ def count_correct(
 def _answers(model: ModelConfig, params: PyTree, batch: Questions) -> jax.Array:
     """Logits [b, k, V] at the supervised positions."""
     module = LanguageModel(_with_chunks(model, batch.tokens.shape[-1]))
-    hidden = module.apply({"params": params}, batch.tokens, method="hidden")
+    hidden = module.apply({"params": params}, batch.tokens, batch.documents, method="hidden")
     asked = jnp.take_along_axis(hidden, batch.positions[..., None], axis=1)
     return module.apply({"params": params}, asked, method="logits")
 
 
 def _with_chunks(model: ModelConfig, width: int) -> ModelConfig:
     """Chunks of equal size that fill the width, unless the config has a size of its own or kernels choose theirs."""
-    if model.chunk_size is not None or model.scan_implementation != "xla":
+    here = "xla" if no_triton_here() or partitioned() else "triton"
+    implementation = model.scan_implementation or here
+    in_jax = implementation == "xla"
+    own_choice = not in_jax and (implementation != "triton" or model.mixers != "gated_deltanet")
+    if model.chunk_size is not None or own_choice:
         return model
-    positions = max(1, _CHUNK_ROWS // (model.mimo_rank if model.mixers == "mamba3" else 1))
+    rows = _CHUNK_ROWS if in_jax else _TRITON_CHUNK_ROWS
+    positions = max(1, rows // (model.mimo_rank if model.mixers == "mamba3" else 1))
     return dataclasses.replace(model, chunk_size=-(-width // -(-width // positions)))

@@ -1,12 +1,15 @@
 """Trains and measures the groups of a study one after another, from wherever its directory stands.
 
-The host is a block ahead of what it knows: it draws and dispatches one, then reads the numbers of the one before.
+The host is a block ahead of what it knows: it draws and dispatches one, then reads the numbers of the one before. On a
+GPU other threads compile the programs of the next groups meanwhile.
 """
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.studies.config import Span, StudyConfig
-from m3jax.studies.evaluation import Accuracies, evaluate_group
+from m3jax.studies.evaluation import Accuracies, compile_evaluation, evaluate_group
 from m3jax.studies.files import GroupFiles, Training
 from m3jax.studies.grid import Group
 from m3jax.studies.models import state_bytes
@@ -25,6 +28,7 @@ from m3jax.training.interrupt import StopRequest
 from m3jax.training.progress import LiveLine, format_seconds
 
 _SECONDS_BETWEEN_LOGS = 10.0
+_COMPILING = 2  # groups at once; tracing, half of it, is Python
 
 
 def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> bool:
@@ -41,13 +45,17 @@ def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> boo
     Raises:
       CheckpointError: the directory is of another study.
     """
-    with jax.default_matmul_precision(study.train.matmul_precision), LiveLine() as line, StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.default_matmul_precision(study.train.matmul_precision))
+        line, stop = stack.enter_context(LiveLine()), stack.enter_context(StopRequest())
+        compiled = stack.enter_context(_compiled_ahead(study, workdir, groups))
         for number, group in enumerate(groups, start=1):
             files = GroupFiles(workdir, study, group)
             place = f"{number}/{len(groups)} {group.name}"
             if files.load_results() is not None:
                 line.message(f"{place}: finished before")
                 continue
+            compiled(group)
             trainer = GroupTrainer(study, group, files)
             if not trainer.train(line, stop, place):
                 line.message(f"{stop.signal_name}: stopped. Run the same command again to continue.")
@@ -57,6 +65,33 @@ def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> boo
             files.save_results(results)
             line.message(f"{place}: {_summary(accuracies)}; trained for {format_seconds(results['seconds'])}")
     return True
+
+
+@contextlib.contextmanager
+def _compiled_ahead(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> Iterator[Callable[[Group], None]]:
+    """Yields what waits until a group's programs are there; threads compile those of all unfinished groups."""
+    if jax.default_backend() == "cpu":  # compiling would take cores from training
+        yield lambda group: None
+        return
+    with ThreadPoolExecutor(_COMPILING) as threads:
+        waiting = {}
+        for group in groups:
+            files = GroupFiles(workdir, study, group)
+            if files.load_results() is None:
+                waiting[group.name] = threads.submit(_compile, study, group, files)
+        try:
+            yield lambda group: waiting[group.name].result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile(study: StudyConfig, group: Group, files: GroupFiles) -> None:
+    """Compiles what training and measuring a group calls, which finds it by its arguments."""
+    with jax.default_matmul_precision(study.train.matmul_precision):  # a thread has its own
+        trainer = GroupTrainer(study, group, files)
+        for step in trainer.first_of_each_kind():
+            train_block.lower(*trainer.block(step)).compile()
+        compile_evaluation(study, group, trainer.training.state.params)
 
 
 class GroupTrainer:
@@ -114,13 +149,26 @@ class GroupTrainer:
             of_rate.setdefault(run.learning_rate, []).append(accuracy)
         return any(min(seeds) >= self._train.stop_accuracy for seeds in of_rate.values())
 
+    def first_of_each_kind(self) -> list[int]:
+        """Where blocks to be trained start whose arrays no earlier one of them has: `step` of `block`."""
+        first: dict[tuple, int] = {}
+        for step in range(self.training.step, self._train.steps, self._train.block_steps):
+            shapes = tuple((array, sum(map(len, of.values()))) for array, of in self._kinds(step).items())
+            first.setdefault(shapes, step)
+        return list(first.values())
+
+    def _kinds(self, step: int) -> dict[int, dict[int | None, list[int]]]:
+        """{length of arrays: {pairs: steps of the block}} of the block that starts after `step` steps."""
+        kinds: dict[int, dict[int | None, list[int]]] = {}
+        for i, span in enumerate(self._spans[step : step + self._train.block_steps]):
+            array = next(length for length in self._train.arrays if length >= span.longest)
+            kinds.setdefault(array, {}).setdefault(span.pairs, []).append(i)
+        return kinds
+
     def block(self, step: int) -> tuple:
         """The arguments of train_block for the block that starts after `step` steps."""
         spans = self._spans[step : step + self._train.block_steps]
-        kinds: dict[int, dict[int | None, list[int]]] = {}  # {length of arrays: {pairs: steps of the block}}
-        for i, span in enumerate(spans):
-            array = next(length for length in self._train.arrays if length >= span.longest)
-            kinds.setdefault(array, {}).setdefault(span.pairs, []).append(i)
+        kinds = self._kinds(step)
         kind_and_place = np.zeros((len(spans), 2), np.int32)
         questions = []
         for kind, (array, of_pairs) in enumerate(kinds.items()):
@@ -136,11 +184,11 @@ class GroupTrainer:
         """Draws the batches of a block's steps with one task into arrays for the length `array`."""
         train, group = self._train, self._group
         lengths = np.array([spans[i][:2] for i in steps]) + group.shift
-        widest = Span(array, array, spans[steps[0]].pairs)
+        widest = Span(train.shortest or array, array, spans[steps[0]].pairs)
         return draw_block(
             jnp.asarray(self._seeds), *(jnp.asarray(v, jnp.int32) for v in (before + np.array(steps), *lengths.T)),
-            task=group.task(widest), batch_size=train.batch_size, width=group.width(widest, train.bos),
-            answers=answers, bos=train.bos,
+            task=group.task(widest), batch_size=train.batch_size, answers=answers, bos=train.bos,
+            width=group.width(widest, train.bos, train.packed), packed=train.packed,
         )  # fmt: skip
 
     def _read(self, metrics: BlockMetrics, line: LiveLine, place: str) -> None:

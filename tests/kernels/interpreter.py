@@ -6,10 +6,9 @@ import jax
 import numpy as np
 from triton.runtime import interpreter
 
+from m3jax.kernels import triton_launch
 from m3jax.kernels.gated_delta import api as gated_delta_api
-from m3jax.kernels.gated_delta import triton_walk
 from m3jax.kernels.mamba3 import api
-from m3jax.kernels.mamba3.triton import op, readout, step
 
 _patch_tensors = interpreter._patch_lang_tensor
 
@@ -66,8 +65,8 @@ def _interpretable(dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype == jax.numpy.bfloat16 else np.dtype(dtype)
 
 
-def launch(kernel, args, scalars, out, grid, warps, constants, aliases=None):
-    """Stands in for `m3jax.kernels.triton_launch.launch`; outputs start as NaN, so that what is left shows."""
+def call_kernel(kernel, args, scalars, out, grid, warps, constants, aliases):
+    """Stands in for `m3jax.kernels.triton_launch.call_kernel`; outputs start as NaN, so that what is left shows."""
     del warps
     # Here no output lies on an input; that the pairs match is checked.
     for source, target in (aliases or {}).items():
@@ -90,9 +89,18 @@ def launch(kernel, args, scalars, out, grid, warps, constants, aliases=None):
     return jax.pure_callback(run, shapes, *args, vmap_method="sequential")
 
 
+def launches(function, *args) -> int:
+    """Kernels in the program of a function, those in a loop once."""
+
+    def count(jaxpr) -> int:
+        inner = (v for equation in jaxpr.eqns for v in jax.tree.leaves(equation.params) if hasattr(v, "eqns"))
+        return sum(equation.primitive.name == "pure_callback" for equation in jaxpr.eqns) + sum(map(count, inner))
+
+    return count(jax.make_jaxpr(function)(*args))
+
+
 def use(monkeypatch) -> None:
     """Makes scans and steps take implementation="triton" on this machine, and run it here."""
-    for module in (op, readout, step, triton_walk):
-        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(triton_launch, "call_kernel", call_kernel)
     for module in (api, gated_delta_api):
         monkeypatch.setattr(module, "no_triton_here", lambda: None)

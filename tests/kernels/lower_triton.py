@@ -25,6 +25,7 @@ PER_TOKEN = (*IN_FLOAT32, "x", "b", "c", "z")
 # The widths of released models; and small ones, which compile sooner.
 SISO = Case(b=1, l=300, h=2, p=64, n=128, g=1, s=32)
 MIMO = dataclasses.replace(SISO, r=4)
+STUDY = dataclasses.replace(SISO, n=64, s=16)  # m3jax/studies
 SMALL_SISO = dataclasses.replace(SISO, p=16, n=32, s=8)
 SMALL_MIMO = dataclasses.replace(SMALL_SISO, r=4, norm=True, omega_per_head=True)
 
@@ -39,16 +40,19 @@ def arguments(case: Case, dtype: str) -> dict[str, jax.Array]:
     return {name: jnp.asarray(v, "float32" if name in IN_FLOAT32 else dtype) for name, v in make(case).items()}
 
 
-def lower_scan(case: Case, dtype: str, documents: bool) -> None:
-    """Forward with every output, and the gradient of all of them."""
+def lower_scan(case: Case, dtype: str, documents: bool, runs: int = 0) -> None:
+    """Forward with every output, and the gradient of all of them; of so many runs under vmap."""
     options = {"implementation": "triton", "return_state": True, "segment_ids": segments(case) if documents else None}
 
     def both(args, state):
         (y, final), pullback = jax.vjp(lambda a, s: mamba3_scan(**a, initial_state=s, **options), args, state)
         return pullback((y, final))
 
-    state = jax.tree.map(jnp.asarray, make_state(case, "float32"))
-    lower(both, arguments(case, dtype), state)
+    args = arguments(case, dtype), jax.tree.map(jnp.asarray, make_state(case, "float32"))
+    if runs:
+        args = jax.tree.map(lambda v: jnp.stack([v] * runs), args)
+    text = lower(jax.vmap(both) if runs else both, *args)
+    assert "stablehlo.while" not in text, "runs that follow one another"
 
 
 def lower_step(case: Case, dtype: str) -> None:
@@ -115,6 +119,8 @@ def main() -> None:
         lower_scan(SMALL_SISO if capability == 90 else SMALL_MIMO, "float32", documents=True)
     if capability == 90:
         lower_scan(MIMO, "bfloat16", documents=False)
+        with jax.default_matmul_precision("tensorfloat32"):
+            lower_scan(STUDY, "float32", documents=True, runs=2)
         lower(lambda args: mamba3_scan(**args, implementation="triton"), arguments(SMALL_SISO, "bfloat16"))
     for case in (SISO, MIMO):
         for dtype in ("float32", "bfloat16"):

@@ -48,7 +48,6 @@ def use(monkeypatch, segments: int) -> None:
     """Makes `scan` run here, with its Triton kernels, and cut sequences into as many segments."""
     interpreter.use(monkeypatch)
     monkeypatch.setattr(gpu_callbacks, "wgmma", _with_operands_in_registers())
-    monkeypatch.setattr(scan, "launch", interpreter.launch)
     monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
     how = {"segments": segments, "interpret": INTERPRET}
     monkeypatch.setattr(scan, "forward", functools.partial(scan.forward_in_segments, **how))

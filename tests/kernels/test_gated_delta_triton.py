@@ -42,6 +42,27 @@ def test_equals_the_walk_in_jax(chunk_size, length, wider):
         tolerances.assert_close(actual[name], expected, tolerances.rounding("float32", length * N), name)
 
 
+def test_runs_are_one_launch():
+    """Under vmap over runs: every run as alone."""
+    each = [{name: v[:, :11, :2] for name, v in make(seed, "float32").items()} for seed in range(2)]
+    args = jax.tree.map(lambda *v: jnp.stack(v), *each)
+
+    def results(args):
+        def scan(args):
+            return gated_delta_scan(**args, chunk_size=4, implementation="triton", return_state=True)
+
+        out, pullback = jax.vjp(scan, args)
+        return *out, *pullback(jax.tree.map(jnp.cos, out))
+
+    mapped = jax.vmap(results)
+    actual = jax.jit(mapped)(args)
+    for i, own in enumerate(each):
+        for value, expected in zip(jax.tree.leaves(actual), jax.tree.leaves(jax.jit(results)(own)), strict=True):
+            tolerances.assert_close(value[i], expected, tolerances.rounding("float32", 11 * N), f"run {i}")
+    assert interpreter.launches(mapped, args) == interpreter.launches(results, each[0]) == 2
+    assert "scan[" not in str(jax.make_jaxpr(mapped)(args))
+
+
 @pytest.mark.parametrize(("dtype", "chunk_size", "message"), [
     ("float64", None, "v has dtype float64; the Triton kernel takes float32"),
     ("float32", 1024, "a chunk of 75 keys of width 12 takes 8192 bytes"),

@@ -98,7 +98,7 @@ def test_blocks_of_heads_fill_the_gpu(batch, length, heads, groups, block):
 ], ids=["several_blocks", "one", "short", "many_chunks", "large_steps", "mixed_decay", "documents"])  # fmt: skip
 def test_prepared_numbers(monkeypatch, case, packed):
     """Against float64; among them several blocks of heads, a rest of a chunk, more chunks than a tile of their sums."""
-    monkeypatch.setattr(scan, "launch", interpreter.launch)
+    interpreter.use(monkeypatch)
     monkeypatch.setattr(scan, "_CHUNKS", 64)
     args, state = arguments(case)
     document = documents(case) if packed else np.zeros((case.b, case.l), np.int32)

@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("jax_triton", exc_type=ImportError)
 
-from m3jax.kernels import SCAN_RESIDUALS, mamba3_scan
+from m3jax.kernels import SCAN_RESIDUALS, mamba3_scan, triton_launch
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton import scan as triton_scan
 from tests import tolerances
 from tests.kernels import interpreter
-from tests.kernels.cases import Case, make, make_state, outputs_and_gradients, segments
+from tests.kernels.cases import Case, differentiated, make, make_state, outputs_and_gradients, segments
 
 # Chunks of 16 rows are the smallest; the interpreter takes a second or so for ten of them, forward and backward.
 SISO = Case(b=1, h=2, g=1)
@@ -154,7 +154,7 @@ def test_a_policy_can_spare_the_second_forward():
         return jnp.sum(mamba3_scan(**args, implementation="triton", chunk_size=16) ** 2)
 
     def launches(f):
-        return str(jax.make_jaxpr(jax.grad(f))(args)).count("pure_callback")
+        return interpreter.launches(jax.grad(f), args)
 
     assert launches(jax.checkpoint(loss, policy=keep)) == launches(loss) < launches(jax.checkpoint(loss))
 
@@ -210,3 +210,54 @@ def test_documents_do_not_leak_into_gradients():
     for document in (2, 4):
         inside = ids[0] == document
         _assert_only(inside, gradients({name: args[name] for name in PER_TOKEN}, inside))
+
+
+def test_runs_are_one_launch():
+    """Under vmap over runs: every run as alone, in the launches that one run takes. Some arguments are not mapped."""
+    case = dataclasses.replace(MIMO, b=2, l=5, norm=False, omega_per_head=False)
+    each = [(make(case, "float32", seed), make_state(case, "float32", seed)) for seed in range(2)]
+    args, state = jax.tree.map(lambda *v: np.stack(v), *each)
+    shared = {name: each[0][0][name] for name in ("b_bias", "a")}
+    args = {name: v for name, v in args.items() if name not in shared}
+    run = differentiated(implementation="triton", chunk_size=4, segment_ids=segments(case))
+
+    @jax.jit
+    def over_runs(args, shared, state):
+        return jax.vmap(lambda args, state: run(args | shared, state))(args, state)
+
+    actual = over_runs(args, shared, state)
+    for i, (own, own_state) in enumerate(each):
+        for name, expected in run(own | shared, own_state).items():
+            tolerances.assert_close(actual[name][i], expected, tolerances.rounding("float32", case.l * case.n), name)
+    assert interpreter.launches(over_runs, args, shared, state) == interpreter.launches(run, *each[0])
+    assert "scan[" not in str(jax.make_jaxpr(over_runs)(args, shared, state))
+
+
+def test_runs_too_many_for_one_launch_follow_one_another(monkeypatch):
+    case = dataclasses.replace(SISO, h=1, l=3, p=4, n=4, s=1)
+    args = jax.tree.map(lambda *v: np.stack(v), *(make(case, "float32", seed) for seed in range(2)))
+
+    def scan(args):
+        return mamba3_scan(**args, implementation="triton", chunk_size=16)
+
+    def loops(args):
+        return str(jax.make_jaxpr(jax.vmap(scan))(args)).count("scan[")
+
+    assert loops(args) == 0
+    monkeypatch.setattr(triton_launch, "MAX_ELEMENTS", 1)
+    assert loops(args) > 0
+    y = jax.jit(jax.vmap(scan))(args)
+    expected = scan(jax.tree.map(lambda v: v[1], args))
+    tolerances.assert_close(y[1], expected, tolerances.rounding("float32", case.l * case.n), "y")
+
+
+def test_tensorfloat32_rounds_operands():
+    """Where the caller asks for it, and only there; tf32 has the significand of float16."""
+    args, state = make(dataclasses.replace(SISO, h=1), "float32"), make_state(dataclasses.replace(SISO, h=1), "float32")
+    exact = outputs_and_gradients(args, state, implementation="triton", chunk_size=16)
+    with jax.default_matmul_precision("tensorfloat32"):
+        rounded = outputs_and_gradients(args, state, implementation="triton", chunk_size=16)
+    # B or C, a score or H, and a gradient: at most six roundings of a term in a row.
+    for name, expected in exact.items():
+        assert tolerances.rms_ratio(rounded[name], expected) <= tolerances.narrow_rms("float16", 6), name
+    assert tolerances.rms_ratio(rounded["y"], exact["y"]) > tolerances.rounding("float32", SISO.n)

@@ -58,6 +58,7 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
         ("train.stages", "4 8:9,8:3", "config.train.block_steps = 3: expected a multiple of the 2 lengths"),
         ("train.runs_at_once", 3, "config.train.runs_at_once = 3: expected 0 or a divisor of the 4 runs of a group."),
         ("train.block_steps", 5, "config.train.block_steps = 5: expected a divisor of the 12 steps of train.stages."),
+        ("train.batch_size", 0, "config.train.batch_size = 0: expected at least 1."),
         ("train.array_lengths", "4", "config.train.array_lengths = '4': expected one of at least 8"),
         ("train.shortest", 1, "config.train.stages = '1-4': expected lengths in ascending order, for parity of at"),
         ("train.label_smoothing", 1.0, "config.train.label_smoothing = 1.0: expected 0 or a share under 1."),

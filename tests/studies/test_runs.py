@@ -25,7 +25,7 @@ def train(study, group, steps=STEPS, train_block=train_block):
     numbers, span = jnp.arange(steps), Span(3, 8)
     questions = draw_block(
         jnp.array(seeds), numbers, jnp.full(steps, 3), jnp.full(steps, 8), task=group.task(span),
-        batch_size=study.train.batch_size, width=group.width(span, False), answers=1, bos=False,
+        batch_size=study.train.batch_size, width=group.width(span, False), answers=1, bos=False, packed=False,
     )  # fmt: skip
     of_study = study.train
     recipe = Recipe(group.model, study.optimizer, of_study.steps, of_study.runs_at_once, of_study.label_smoothing)

@@ -62,6 +62,35 @@ def test_steps_take_turns_and_every_setting_is_measured(small_study, tmp_path):
     assert "| at 8/2 | at 16/4 |" in text and f"| {results['parameters']:,} |" in text
 
 
+def test_packed_rows_are_half_as_many(small_study, tmp_path):
+    study = small_study(train__packed=True)
+    (group,) = make_groups(study)
+    *_, (questions,) = sweep.GroupTrainer(study, group, GroupFiles(tmp_path, study, group)).block(6)
+    shapes = {name: v.shape for name, v in questions._asdict().items()}
+    assert shapes["tokens"] == shapes["documents"] == (3, 2, 2, 16) and shapes["targets"] == (3, 2, 2, 2)
+
+
+def test_what_is_compiled_ahead_is_what_runs(small_study, tmp_path, monkeypatch, caplog):
+    study = small_study(train__batch_size=6, train__stages="4:6,16:6", train__array_lengths="4,16")
+    (group,) = make_groups(study)
+
+    def compilations(name):
+        return sum(f"compilation of jit({name})" in record.getMessage() for record in caplog.records)
+
+    jax.config.update("jax_log_compiles", True)  # in every thread
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep.jax, "default_backend", lambda: "gpu")
+            with sweep._compiled_ahead(study, tmp_path, [group]) as compiled:
+                compiled(group)
+        assert (compilations("train_block"), compilations("count_correct")) == (2, 2)
+        caplog.clear()
+        run(study, tmp_path)
+        assert (compilations("train_block"), compilations("count_correct")) == (0, 0)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+
+
 def test_killed_and_resumed_is_bit_equal(small_study, whole, tmp_path, monkeypatch):
     save = GroupFiles.save_training
     with monkeypatch.context() as patch:

@@ -22,6 +22,7 @@ from .pieces import (
     load_omega,
     load_rows,
     mixing,
+    operand_of,
     per_rank,
     rotated,
     unpair,
@@ -32,7 +33,7 @@ from .pieces import (
 @triton.jit
 def state_gradients(
     g_ptr, c_ptr, c_bias_ptr, doc_ptr, phase_ptr, decay_ptr, fine_decay_ptr, scale_ptr,
-    last_grad_ptr, segment_grad_ptr, segment_decay_ptr, length, chunks,
+    last_grad_ptr, segment_grad_ptr, segment_decay_ptr, length, chunks, rows,
     chunk_grad_ptr, first_grad_ptr, first_decay_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -47,6 +48,7 @@ def state_gradients(
     operand = g_ptr.dtype.element_ty
     row_head = batch * H + head
     group = head // (H // G)
+    weights_of = batch // rows * H + head
     all_chunks = tl.cdiv(length, T)
 
     row = tl.arange(0, ROWS)
@@ -77,25 +79,29 @@ def state_gradients(
         valid = t < length
         if not STATES_ONLY:
             chunk_at = row_head * all_chunks + chunk
-            store_state(chunk_grad_ptr, chunk_at, turned, rest, p_column, turned_column, rest_column, P, N, S, UP)
+            leaving = operand_of(turned, operand, PRECISION)
+            leaving_rest = operand_of(rest, operand, PRECISION)
+            store_state(chunk_grad_ptr, chunk_at, leaving, leaving_rest, p_column, turned_column, rest_column,
+                        P, N, S, UP)  # fmt: skip
         _, _, _, _, _, from_start, end_decay = chunk_decays(
             decay_ptr, fine_decay_ptr, scale_ptr, doc_ptr, batch, row_head, start, length, R, T, HAS_DOC, EXACT, FAST
         )
         g_at = (((batch * length + t) * H + head) * R + rank) * P
         g = tl.load(g_ptr + g_at[:, None] + p_column[None, :], mask=within(valid, p_column, P, PP), other=0.0)
-        added = tl.trans((g.to(tl.float32) * from_start[:, None]).to(operand))
+        added = tl.trans(operand_of(g.to(tl.float32) * from_start[:, None], operand, PRECISION))
         row_at = ((batch * length + t) * R + rank) * (G * N) + group * N
-        bias_at = head * R * N
+        bias_at = weights_of * R * N
         if S > 0:
             cos, sin = chunk_rotation(phase_ptr, row_head, t, length, s_column, S, SP, FAST)
             c_turned = rotated(c_ptr, c_bias_ptr + bias_at, row_at, rank, valid, cos, sin, s_column, operand,
-                               HAS_C_BIAS, R, N, S, SP)  # fmt: skip
+                               HAS_C_BIAS, R, N, S, SP, PRECISION)  # fmt: skip
             turned = tl.dot(added, c_turned, turned * end_decay, input_precision=PRECISION)
         if UP > 0:
             c_rest = load_rows(
                 c_ptr + 2 * S, c_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
                 HAS_C_BIAS, R, N,
-            ).to(operand)  # fmt: skip
+            )  # fmt: skip
+            c_rest = operand_of(c_rest, operand, PRECISION)
             rest = tl.dot(added, c_rest, rest * end_decay, input_precision=PRECISION)
         segment_decay *= end_decay
 
@@ -162,7 +168,7 @@ def _store_rows(ptr, at, v, valid, column, WIDTH: tl.constexpr, PADDED: tl.const
 @triton.jit
 def value_gradients(
     x_ptr, b_ptr, c_ptr, b_bias_ptr, c_bias_ptr, mimo_x_ptr, d_ptr, doc_ptr,
-    phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr, chunk_grad_ptr, g_ptr, length,
+    phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr, chunk_grad_ptr, g_ptr, length, rows,
     dx_ptr, dscale_ptr, dgamma_ptr, dd_ptr, dmimo_x_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr,
@@ -178,6 +184,7 @@ def value_gradients(
     operand = x_ptr.dtype.element_ty
     row_head = batch * H + head
     group = head // (H // G)
+    weights_of = batch // rows * H + head
     share = ((batch * chunks + chunk) * H + head).to(tl.int64)
 
     row = tl.arange(0, ROWS)
@@ -192,8 +199,8 @@ def value_gradients(
     x_mask = within(valid, p_column, P, PP)
     x_at = ((batch * length + t) * H + head) * P
     row_at = ((batch * length + t) * R + rank) * (G * N) + group * N
-    bias_at = head * R * N
-    weight_at = head * R * P
+    bias_at = weights_of * R * N
+    weight_at = weights_of * R * P
     position = start + tl.arange(0, T)
     in_sequence = position < length
 
@@ -208,21 +215,23 @@ def value_gradients(
     if S > 0:
         cos, sin = chunk_rotation(phase_ptr, row_head, t, length, s_column, S, SP, FAST)
         b_turned = rotated(b_ptr, b_bias_ptr + bias_at, row_at, rank, valid, cos, sin, s_column, operand,
-                           HAS_B_BIAS, R, N, S, SP)  # fmt: skip
+                           HAS_B_BIAS, R, N, S, SP, PRECISION)  # fmt: skip
         dx = tl.dot(b_turned, tl.trans(grad), dx, input_precision=PRECISION)
         c_turned = rotated(c_ptr, c_bias_ptr + bias_at, row_at, rank, valid, cos, sin, s_column, operand,
-                           HAS_C_BIAS, R, N, S, SP)  # fmt: skip
+                           HAS_C_BIAS, R, N, S, SP, PRECISION)  # fmt: skip
         scores = tl.dot(c_turned, tl.trans(b_turned), scores, input_precision=PRECISION)
     if UP > 0:
         b_rest = load_rows(
             b_ptr + 2 * S, b_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
             HAS_B_BIAS, R, N,
-        ).to(operand)  # fmt: skip
+        )  # fmt: skip
+        b_rest = operand_of(b_rest, operand, PRECISION)
         dx = tl.dot(b_rest, tl.trans(grad_rest), dx, input_precision=PRECISION)
         c_rest = load_rows(
             c_ptr + 2 * S, c_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
             HAS_C_BIAS, R, N,
-        ).to(operand)  # fmt: skip
+        )  # fmt: skip
+        c_rest = operand_of(c_rest, operand, PRECISION)
         scores = tl.dot(c_rest, tl.trans(b_rest), scores, input_precision=PRECISION)
 
     x_own = tl.load(x_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0)
@@ -231,17 +240,19 @@ def value_gradients(
     gamma = tl.load(gamma_ptr + row_head * length + t, mask=valid, other=0.0)
     x = x_own
     if HAS_MIMO_X:
-        x = (x_own.to(tl.float32) * per_rank(mimo_x_ptr + weight_at, rank, p_column, P, PP, R, P)).to(operand)
+        x = x_own.to(tl.float32) * per_rank(mimo_x_ptr + weight_at, rank, p_column, P, PP, R, P)
+        x = operand_of(x, operand, PRECISION)
     overlaps = tl.dot(g, tl.trans(x), input_precision=PRECISION)
     same = (row // R)[:, None] == (row // R)[None, :]
     on_diagonal = tl.sum(tl.where(same, overlaps * scores, 0.0), 1)
-    mixed = (scores * mixing(coarse, fine, gamma, scale, doc, R, HAS_DOC, EXACT, FAST)).to(operand)
+    mixed = scores * mixing(coarse, fine, gamma, scale, doc, R, HAS_DOC, EXACT, FAST)
+    mixed = operand_of(mixed, operand, PRECISION)
     dx = tl.dot(tl.trans(mixed), g, dx * to_end[:, None], input_precision=PRECISION)
 
     g_wide = g.to(tl.float32)
     x_wide = x.to(tl.float32)
     if HAS_D:
-        skip = tl.load(d_ptr + head).to(tl.float32)
+        skip = tl.load(d_ptr + weights_of).to(tl.float32)
         tl.store(dd_ptr + share, tl.sum(tl.sum(x_wide * g_wide, 1), 0))
     at = row_head * length + position
     by_scale = _over_ranks(tl.sum(dx * x_wide, 1) - gamma * on_diagonal, T, R)
@@ -260,7 +271,7 @@ def value_gradients(
 @triton.jit
 def key_gradients(
     x_ptr, g_ptr, dt_ptr, omega_ptr, own_ptr, other_ptr, own_bias_ptr, other_bias_ptr, mimo_x_ptr, doc_ptr,
-    phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr, state_ptr, length,
+    phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr, state_ptr, length, rows,
     down_ptr, dbias_ptr, domega_ptr, dturn_ptr, ddecay_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr, HEADS: tl.constexpr, OF_B: tl.constexpr,
@@ -280,6 +291,7 @@ def key_gradients(
     chunks = tl.cdiv(length, T)
     operand = x_ptr.dtype.element_ty
     group = block * HEADS // (H // G)
+    run = batch // rows
 
     row = tl.arange(0, ROWS)
     rank = row % R
@@ -304,6 +316,7 @@ def key_gradients(
     for in_block in tl.range(0, HEADS, num_stages=STAGES):
         head = block * HEADS + in_block
         row_head = batch * H + head
+        weights_of = run * H + head
         share = ((batch * chunks + chunk) * H + head).to(tl.int64) * R * N
         x_at = ((batch * length + t) * H + head) * P
         coarse, fine, scale, doc, to_end, from_start, _ = chunk_decays(
@@ -312,40 +325,43 @@ def key_gradients(
         gamma = tl.load(gamma_ptr + row_head * length + t, mask=valid, other=0.0)
         x = tl.load(x_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0)
         if HAS_MIMO_X:
-            x = (x.to(tl.float32) * per_rank(mimo_x_ptr + head * R * P, rank, p_column, P, PP, R, P)).to(operand)
+            x = x.to(tl.float32) * per_rank(mimo_x_ptr + weights_of * R * P, rank, p_column, P, PP, R, P)
+            x = operand_of(x, operand, PRECISION)
         g = tl.load(g_ptr + (x_at * R + rank * P)[:, None] + p_column[None, :], mask=x_mask, other=0.0)
         state, state_rest = load_state(
             state_ptr, row_head * chunks + chunk, p_column, turned_column, rest_column, P, N, S, PP, UP
         )
         mix = mixing(coarse, fine, gamma, scale, doc, R, HAS_DOC, EXACT, FAST)
-        dscores = (tl.dot(g, tl.trans(x), input_precision=PRECISION) * mix).to(operand)
+        dscores = operand_of(tl.dot(g, tl.trans(x), input_precision=PRECISION) * mix, operand, PRECISION)
         if OF_B:
             dscores = tl.trans(dscores)
-            through_state = (x.to(tl.float32) * to_end[:, None]).to(operand)
+            through_state = operand_of(x.to(tl.float32) * to_end[:, None], operand, PRECISION)
         else:
-            through_state = (g.to(tl.float32) * from_start[:, None]).to(operand)
+            through_state = operand_of(g.to(tl.float32) * from_start[:, None], operand, PRECISION)
 
-        bias_at = head * R * N
+        bias_at = weights_of * R * N
         along = tl.zeros((ROWS,), tl.float32)
         if UP > 0:
             other = load_rows(
                 other_ptr + 2 * S, other_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
                 HAS_OTHER_BIAS, R, N,
-            ).to(operand)  # fmt: skip
+            )  # fmt: skip
+            other = operand_of(other, operand, PRECISION)
             down = tl.dot(through_state, state_rest, input_precision=PRECISION)
             down = tl.dot(dscores, other, down, input_precision=PRECISION)
             sum_rest += down
             own = load_rows(
                 own_ptr + 2 * S, own_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
                 HAS_OWN_BIAS, R, N,
-            ).to(operand)  # fmt: skip
+            )  # fmt: skip
+            own = operand_of(own, operand, PRECISION)
             along += tl.sum(own.to(tl.float32) * down, 1)
             if HAS_OWN_BIAS:
                 _store_over_positions(dbias_ptr + share + 2 * S, down, rest_column, N - 2 * S, N, T, R)
         if S > 0:
             cos, sin = chunk_rotation(phase_ptr, row_head, t, length, s_column, S, SP, FAST)
             other = rotated(other_ptr, other_bias_ptr + bias_at, row_at, rank, valid, cos, sin, s_column, operand,
-                            HAS_OTHER_BIAS, R, N, S, SP)  # fmt: skip
+                            HAS_OTHER_BIAS, R, N, S, SP, PRECISION)  # fmt: skip
             down = tl.dot(through_state, state, input_precision=PRECISION)
             turned_real, turned_imag = unpair(tl.dot(dscores, other, down, input_precision=PRECISION))
             real = turned_real * cos + turned_imag * sin
@@ -361,8 +377,10 @@ def key_gradients(
             own_imag = load_rows(
                 own_ptr + S, own_bias_ptr + bias_at + S, row_at, rank, valid, s_column, S, SP, HAS_OWN_BIAS, R, N
             )
-            along += tl.sum((own_real * cos - own_imag * sin).to(operand).to(tl.float32) * turned_real, 1)
-            along += tl.sum((own_real * sin + own_imag * cos).to(operand).to(tl.float32) * turned_imag, 1)
+            turned_own = operand_of(own_real * cos - own_imag * sin, operand, PRECISION)
+            along += tl.sum(turned_own.to(tl.float32) * turned_real, 1)
+            turned_own = operand_of(own_real * sin + own_imag * cos, operand, PRECISION)
+            along += tl.sum(turned_own.to(tl.float32) * turned_imag, 1)
             dphase = tl.cumsum(_over_ranks(imag * own_real - real * own_imag, T, R), 0, reverse=True)
             if OMEGA_HEADS:
                 omega = load_omega(omega_ptr, batch, head, position, length, s_column, H, S, SP, True)
@@ -376,7 +394,7 @@ def key_gradients(
         ddecay = tl.cumsum(_over_ranks(along, T, R), 0, reverse=True)
         tl.store(ddecay_ptr + row_head * length + position, ddecay, mask=in_sequence)
 
-    in_blocks = (block * tl.num_programs(2) + batch) * length
+    in_blocks = ((run * tl.num_programs(1) + block) * rows + batch % rows) * length
     sum_at = ((in_blocks + t) * R + rank).to(tl.int64) * N
     if UP > 0:
         _store_rows(down_ptr + 2 * S, sum_at, sum_rest, valid, rest_column, N - 2 * S, UP)

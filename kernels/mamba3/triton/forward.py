@@ -10,7 +10,7 @@ several segments, a first pass (STATES_ONLY) finds what each adds to H; every pr
 import triton
 import triton.language as tl
 
-from .pieces import chunk_decays, chunk_rotation, load_rows, mixing, per_rank, rotated, sigmoid, within
+from .pieces import chunk_decays, chunk_rotation, load_rows, mixing, operand_of, per_rank, rotated, sigmoid, within
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def store_state(ptr, at, turned, rest, p_column, turned_column, rest_column, P: 
 def forward(
     x_ptr, z_ptr, b_ptr, c_ptr, b_bias_ptr, c_bias_ptr, mimo_x_ptr, mimo_z_ptr, mimo_o_ptr, d_ptr, doc_ptr,
     phase_ptr, decay_ptr, fine_decay_ptr, gamma_ptr, scale_ptr,
-    ssm_ptr, segment_ssm_ptr, segment_decay_ptr, length, chunks,
+    ssm_ptr, segment_ssm_ptr, segment_decay_ptr, length, chunks, rows,
     y_ptr, last_ssm_ptr, last_decay_ptr, chunk_ssm_ptr, y_row_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     T: tl.constexpr, PP: tl.constexpr, SP: tl.constexpr, UP: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -70,6 +70,7 @@ def forward(
     operand = x_ptr.dtype.element_ty
     row_head = batch * H + head
     group = head // (H // G)
+    weights_of = batch // rows * H + head
 
     row = tl.arange(0, ROWS)
     rank = row % R
@@ -106,71 +107,60 @@ def forward(
         x_mask = within(valid, p_column, P, PP)
         x = tl.load(x_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0)
         if HAS_MIMO_X:
-            x = (x.to(tl.float32) * per_rank(mimo_x_ptr + head * R * P, rank, p_column, P, PP, R, P)).to(operand)
+            x = x.to(tl.float32) * per_rank(mimo_x_ptr + weights_of * R * P, rank, p_column, P, PP, R, P)
+            x = operand_of(x, operand, PRECISION)
 
         if SAVE:
             chunk_at = row_head * tl.cdiv(length, T) + chunk
-            store_state(chunk_ssm_ptr, chunk_at, turned, rest, p_column, turned_column, rest_column, P, N, S, UP)
+            entering = operand_of(turned, operand, PRECISION)
+            entering_rest = operand_of(rest, operand, PRECISION)
+            store_state(chunk_ssm_ptr, chunk_at, entering, entering_rest, p_column, turned_column, rest_column,
+                        P, N, S, UP)  # fmt: skip
 
-        bias_at = head * R * N
+        bias_at = weights_of * R * N
         if S > 0:
             cos, sin = chunk_rotation(phase_ptr, row_head, t, length, s_column, S, SP, FAST)
             b_turned = rotated(b_ptr, b_bias_ptr + bias_at, row_at, rank, valid, cos, sin, s_column, operand,
-                               HAS_B_BIAS, R, N, S, SP)  # fmt: skip
+                               HAS_B_BIAS, R, N, S, SP, PRECISION)  # fmt: skip
         if UP > 0:
             b_rest = load_rows(
-                b_ptr + 2 * S,
-                b_bias_ptr + bias_at + 2 * S,
-                row_at,
-                rank,
-                valid,
-                rest_column,
-                N - 2 * S,
-                UP,
-                HAS_B_BIAS,
-                R,
-                N,
-            ).to(operand)
+                b_ptr + 2 * S, b_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
+                HAS_B_BIAS, R, N,
+            )  # fmt: skip
+            b_rest = operand_of(b_rest, operand, PRECISION)
 
         if not STATES_ONLY:
             scores = tl.zeros((ROWS, ROWS), tl.float32)
             y = tl.zeros((ROWS, PP), tl.float32)
             if S > 0:
                 c_turned = rotated(c_ptr, c_bias_ptr + bias_at, row_at, rank, valid, cos, sin, s_column, operand,
-                                   HAS_C_BIAS, R, N, S, SP)  # fmt: skip
+                                   HAS_C_BIAS, R, N, S, SP, PRECISION)  # fmt: skip
                 scores = tl.dot(c_turned, tl.trans(b_turned), scores, input_precision=PRECISION)
-                y = tl.dot(c_turned, tl.trans(turned.to(operand)), y, input_precision=PRECISION)
+                y = tl.dot(c_turned, tl.trans(operand_of(turned, operand, PRECISION)), y, input_precision=PRECISION)
             if UP > 0:
                 c_rest = load_rows(
-                    c_ptr + 2 * S,
-                    c_bias_ptr + bias_at + 2 * S,
-                    row_at,
-                    rank,
-                    valid,
-                    rest_column,
-                    N - 2 * S,
-                    UP,
-                    HAS_C_BIAS,
-                    R,
-                    N,
-                ).to(operand)
+                    c_ptr + 2 * S, c_bias_ptr + bias_at + 2 * S, row_at, rank, valid, rest_column, N - 2 * S, UP,
+                    HAS_C_BIAS, R, N,
+                )  # fmt: skip
+                c_rest = operand_of(c_rest, operand, PRECISION)
                 scores = tl.dot(c_rest, tl.trans(b_rest), scores, input_precision=PRECISION)
-                y = tl.dot(c_rest, tl.trans(rest.to(operand)), y, input_precision=PRECISION)
+                y = tl.dot(c_rest, tl.trans(operand_of(rest, operand, PRECISION)), y, input_precision=PRECISION)
             gamma = tl.load(gamma_ptr + row_head * length + t, mask=valid, other=0.0)
             mix = mixing(coarse, fine, gamma, scale, doc, R, HAS_DOC, EXACT, FAST)
-            y = tl.dot((scores * mix).to(operand), x, y * from_start[:, None], input_precision=PRECISION)
+            scores = operand_of(scores * mix, operand, PRECISION)
+            y = tl.dot(scores, x, y * from_start[:, None], input_precision=PRECISION)
 
             if HAS_D:
-                y += tl.load(d_ptr + head).to(tl.float32) * x.to(tl.float32)
+                y += tl.load(d_ptr + weights_of).to(tl.float32) * x.to(tl.float32)
             if SAVE:
                 tl.store(y_row_ptr + (x_at * R + rank * P)[:, None] + p_column[None, :], y.to(operand), mask=x_mask)
             if HAS_Z:
                 gate = tl.load(z_ptr + x_at[:, None] + p_column[None, :], mask=x_mask, other=0.0).to(tl.float32)
                 if HAS_MIMO_Z:
-                    gate *= per_rank(mimo_z_ptr + head * R * P, rank, p_column, P, PP, R, P)
+                    gate *= per_rank(mimo_z_ptr + weights_of * R * P, rank, p_column, P, PP, R, P)
                 y *= gate * sigmoid(gate, FAST)
             if HAS_MIMO_O:
-                y *= per_rank(mimo_o_ptr + head * R * P, rank, p_column, P, PP, R, P)
+                y *= per_rank(mimo_o_ptr + weights_of * R * P, rank, p_column, P, PP, R, P)
             if ROW_OUTPUT or R == 1:
                 tl.store(y_ptr + (x_at * R + rank * P)[:, None] + p_column[None, :], y.to(operand), mask=x_mask)
             else:
@@ -180,7 +170,7 @@ def forward(
                 tl.store(y_ptr + y_at[:, None] + p_column[None, :], y.to(operand),
                          mask=within(t_out < length, p_column, P, PP))  # fmt: skip
 
-        added = tl.trans((x.to(tl.float32) * to_end[:, None]).to(operand))
+        added = tl.trans(operand_of(x.to(tl.float32) * to_end[:, None], operand, PRECISION))
         if S > 0:
             turned = tl.dot(added, b_turned, turned * end_decay, input_precision=PRECISION)
         if UP > 0:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ...products import rounds_float32
 from ...residuals import SCAN_RESIDUALS
 from ...triton_launch import launch
 from ..cotangents import Parts, combine, phase_flow
@@ -116,8 +117,8 @@ def _constants(plan: Plan, inputs: Inputs) -> dict[str, object]:
         "HAS_MIMO_Z": weights.mimo_z is not None, "HAS_MIMO_O": weights.mimo_o is not None,
         "HAS_D": weights.d is not None, "HAS_Z": seq.z is not None, "ROW_OUTPUT": plan.row_output,
         "HAS_DOC": inputs.document is not None, "EXACT": wide, "FAST": not wide,
-        "PRECISION": "tf32x3" if wide else "tf32", "STAGES": plan.stages, "HEADS": plan.key_heads,
-        "TILE": max(plan.positions, _PREPARE_TILE),
+        "PRECISION": "tf32x3" if wide and not rounds_float32() else "tf32", "STAGES": plan.stages,
+        "HEADS": plan.key_heads, "TILE": max(plan.positions, _PREPARE_TILE),
     }  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _run(kernel, arguments: list, scalars: dict, out: list, grid: tuple, warps: 
     arguments = [absent if v is None else v for v in arguments]
     out = [jax.ShapeDtypeStruct((1,), jnp.float32) if v is None else v for v in out]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return launch(kernel, arguments, scalars, out, grid, warps, constants)
+    return launch(kernel, arguments, scalars, out, grid, warps, constants, batch_axis=2)
 
 
 def _shape(*axes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -178,7 +179,7 @@ def _prepare(plan: Plan, inputs: Inputs) -> tuple[Prepared, jax.Array]:
 def _grid(plan: Plan, inputs: Inputs) -> tuple[tuple[int, int, int], dict[str, int]]:
     batch, length, heads = inputs.seq.dt.shape
     chunks = math.ceil(length / plan.positions)
-    return (plan.segments, heads, batch), {"length": length, "chunks": math.ceil(chunks / plan.segments)}
+    return (plan.segments, heads, batch), {"length": length, "chunks": math.ceil(chunks / plan.segments), "rows": batch}
 
 
 def _states(inputs: Inputs, axis: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -285,7 +286,7 @@ def _value_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_grad,
     }
     given = [seq.x, seq.b, seq.c, weights.b_bias, weights.c_bias, weights.mimo_x, weights.d, inputs.document]
     given += [*prepared[1:], chunk_grad, g]
-    arrays = _run(value_gradients, given, {"length": length}, list(out.values()), (chunks, heads, batch),
+    arrays = _run(value_gradients, given, {"length": length, "rows": batch}, list(out.values()), (chunks, heads, batch),
                   plan.value_warps, _constants(plan, inputs))  # fmt: skip
     found = dict(zip(out, arrays, strict=True))
     return found | {name: None if out[name] is None else found[name].sum(axis=(0, 1)) for name in ("d", "mimo_x")}
@@ -308,7 +309,7 @@ def _key_gradients(plan: Plan, inputs: Inputs, prepared: Prepared, chunk_ssm, ch
         given += [*prepared[1:], states]
         has_biases = {"HAS_OWN_BIAS": own_bias is not None, "HAS_OTHER_BIAS": other_bias is not None}
         down, dbias, domega, dturn, decays[name] = _run(
-            key_gradients, given, {"length": length},
+            key_gradients, given, {"length": length, "rows": batch},
             [_shape(blocks, batch, length, rank, n),
              None if own_bias is None else _shape(batch, chunks, heads, rank, n),
              _shape(*domega_shape) if s else None, _shape(batch, heads, length) if s else None,

@@ -176,9 +176,18 @@ def load_rows(ptr, bias_ptr, row, rank, valid, column, WIDTH: tl.constexpr, PADD
 
 
 @triton.jit
+def operand_of(v, operand: tl.constexpr, PRECISION: tl.constexpr):
+    """v as an operand of a product; float32 for the tensor cores' tf32 is rounded: they would cut it off."""
+    if operand == tl.float32 and PRECISION == "tf32":
+        return ((v.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return v.to(operand)
+
+
+@triton.jit
 def rotated(ptr, bias_ptr, row, rank, valid, cos, sin, column, operand: tl.constexpr, HAS_BIAS: tl.constexpr,
-            R: tl.constexpr, N: tl.constexpr, S: tl.constexpr, SP: tl.constexpr):  # fmt: skip
+            R: tl.constexpr, N: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The rotated coordinates of B or C, [ROWS, 2 SP]."""
     real = load_rows(ptr, bias_ptr, row, rank, valid, column, S, SP, HAS_BIAS, R, N)
     imag = load_rows(ptr + S, bias_ptr + S, row, rank, valid, column, S, SP, HAS_BIAS, R, N)
-    return pair_up(real * cos - imag * sin, real * sin + imag * cos).to(operand)
+    return operand_of(pair_up(real * cos - imag * sin, real * sin + imag * cos), operand, PRECISION)

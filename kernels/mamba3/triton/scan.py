@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ...documents import number_documents
-from ...triton_launch import batch_too_large
+from ...triton_launch import MAX_ELEMENTS, batch_too_large
 from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Sequence, Weights
 from ..readout import without_readout
@@ -14,7 +14,6 @@ from .plans import choose_plan, too_large
 from .readout import read_rows
 
 _MAX_WIDTH = 256  # of the state and of a head, padded to a power of two
-_MAX_ELEMENTS = 2**31  # of the input or of y with its ranks: their offsets are int32
 _OPERANDS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -33,7 +32,7 @@ def unsupported(seq: Sequence, chunk_size: int | None) -> str | None:
         return reason
     if rank & (rank - 1) or rank > 16:
         return f"rank {rank}; the Triton kernels take powers of two up to 16"
-    if max(rank * seq.x.size, seq.b.size) >= _MAX_ELEMENTS:
+    if max(rank * seq.x.size, seq.b.size) >= MAX_ELEMENTS:
         return f"b, or x times rank {rank}, has 2^31 elements or more; the Triton kernels take fewer: split the batch"
     if chunk_size is not None and (chunk_size & (chunk_size - 1) or not 16 <= chunk_size * rank <= 128):
         return (
