@@ -193,7 +193,7 @@ axes[1].legend(loc="lower left")
 # The phase after one token, from the decode state: how far a 0 and a 1 turn each head's angles.
 prefill = jax.jit(models["rotation"].apply, static_argnames="method")
 _, state = prefill({"params": learned["rotation"]}, jnp.array([[1], [2]]), method="prefill")
-turns = np.asarray(state.angle[0]) / (2 * np.pi)  # [bit, head, angle]
+turns = np.asarray(state[0].angle) / (2 * np.pi)  # [bit, head, angle]
 print("turns between a 0 and a 1, per head and angle; half a turn is parity:")
 print(np.round((turns[1] - turns[0]) % 1, 3))
 print({name: f"up to {WIDTH} bits {a[:WIDTH].mean():.3f}, up to 256 {a.mean():.3f}" for name, a in accuracy.items()})

@@ -1,11 +1,24 @@
-"""Prompts made ready for the device: checked, and padded to one of a few lengths so that new lengths rarely compile."""
+"""Prompts made ready for the device: checked, and arranged in arrays of a few shapes so that new ones rarely compile."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from m3jax.errors import DataError
+
+# Of a prefill, if there are enough prompts: under a few hundred, a GPU waits for the weights and more cost nothing.
+PREFILL_TOKENS = 1024
+
+
+class Prefill(NamedTuple):
+    """Prompts of similar lengths, read together; r rows, l positions, both the same whenever l is."""
+
+    tokens: np.ndarray  # [r, l] int32, left-padded
+    segment_ids: np.ndarray  # [r, l] int32, 1 on a prompt and 0 on padding
+    members: list[int]  # which of the prompts these are
+    source: list[int]  # the row of each member
 
 
 def length_bucket(length: int, smallest: int = 16) -> int:
@@ -34,19 +47,41 @@ def check_prompts(prompt_tokens: ArrayLike | Sequence[Sequence[int]], vocab_size
     return [_check_prompt(f"prompt_tokens[{i}]", np.asarray(row), vocab_size) for i, row in enumerate(prompt_tokens)]
 
 
-def left_pad(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pads prompts in front, so that all end at the last position.
+def plan_prefills(prompts: Sequence[np.ndarray], most_rows: int, tokens: int = PREFILL_TOKENS) -> list[Prefill]:
+    """Arranges prompts for prefill: each once, however often it is there, beside those of its bucket of lengths.
+
+    Args:
+      prompts: integer arrays, each of at least one token.
+      most_rows: of a prefill.
+      tokens: of a prefill, which has as many rows as fit, and at least one.
+    """
+    rows: dict[int, dict[bytes, list[int]]] = {}
+    for i, prompt in enumerate(prompts):
+        same = rows.setdefault(length_bucket(len(prompt)), {})
+        same.setdefault(prompt.astype(np.int32).tobytes(), []).append(i)
+    plans = []
+    for size, same in sorted(rows.items()):
+        n_rows = max(1, min(most_rows, tokens // size))
+        groups = list(same.values())
+        for first in range(0, len(groups), n_rows):
+            group = groups[first : first + n_rows]
+            arrays = left_pad([prompts[members[0]] for members in group], n_rows, size)
+            source = [row for row, members in enumerate(group) for _ in members]
+            plans.append(Prefill(*arrays, [i for members in group for i in members], source))
+    return plans
+
+
+def left_pad(prompts: Sequence[np.ndarray], n_rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads prompts in front, so that all end at the last position, and adds rows of padding.
 
     Returns:
-      tokens [b, l] int32, segment_ids [b, l] int32 (1 on a prompt, 0 on padding), lengths [b] int32; l is a bucket.
+      tokens [n_rows, size] int32, segment_ids [n_rows, size] int32 (1 on a prompt, 0 on padding).
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    size = length_bucket(int(lengths.max()))
-    tokens = np.zeros((len(prompts), size), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[size - len(prompt) :] = prompt
-    segment_ids = (np.arange(size)[None, :] >= size - lengths[:, None]).astype(np.int32)
-    return tokens, segment_ids, lengths
+    tokens, segment_ids = np.zeros((2, n_rows, size), np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, size - len(prompt) :] = prompt
+        segment_ids[i, size - len(prompt) :] = 1
+    return tokens, segment_ids
 
 
 def _check_prompt(name: str, tokens: np.ndarray, vocab_size: int) -> np.ndarray:

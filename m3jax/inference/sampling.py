@@ -1,4 +1,4 @@
-"""Drawing the next token from logits: temperature, top-k, top-p and min-p, each its own for every row of a batch."""
+"""Drawing the next token from logits: temperature, top-k, top-p, min-p and a penalty on repetition, all by row."""
 
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ class SamplingParams(NamedTuple):
     top_k: ArrayLike  # [b] int32, how many of the most probable tokens are kept; 0 = all
     top_p: ArrayLike  # [b] float32 in (0, 1], the probability that the kept tokens reach together; 1 = all
     min_p: ArrayLike  # [b] float32 in [0, 1], least probability as a share of the best token's; 0 = all
+    repetition_penalty: ArrayLike  # [b] float32 over 0, of tokens that the sequence has already; 1 = none
 
     @classmethod
     def for_batch(
@@ -31,6 +32,7 @@ class SamplingParams(NamedTuple):
         top_k: ArrayLike = 0,
         top_p: ArrayLike = 1.0,
         min_p: ArrayLike = 0.0,
+        repetition_penalty: ArrayLike = 1.0,
     ) -> "SamplingParams":
         """Returns checked parameters for `batch` rows from one number, or one number per row, of each kind.
 
@@ -42,7 +44,24 @@ class SamplingParams(NamedTuple):
             _per_row("top_k", top_k, batch, np.int32, lambda v: (v >= 0) & (v < 2**31), "in [0, 2^31) (0 keeps all)"),
             _per_row("top_p", top_p, batch, np.float32, lambda v: (v > 0) & (v <= 1), "in (0, 1] (1 keeps all)"),
             _per_row("min_p", min_p, batch, np.float32, lambda v: (v >= 0) & (v <= 1), "in [0, 1] (0 keeps all)"),
+            _per_row(
+                "repetition_penalty", repetition_penalty, batch, np.float32, lambda v: v > 0, "over 0 (1 is none)"
+            ),
         )
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Logits [b, V] with those of `seen` tokens [b, V] made less likely (arXiv 1909.05858, section 4.1).
+
+    Positive ones are divided by the penalty [b] and negative ones multiplied, as in Hugging Face transformers.
+    """
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of tokens [b] by the softmax of logits [b, V]: [b]."""
+    return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def sample(logits: jax.Array, keys: jax.Array, params: SamplingParams) -> jax.Array:
@@ -66,13 +85,13 @@ def sample(logits: jax.Array, keys: jax.Array, params: SamplingParams) -> jax.Ar
     logits = logits - jnp.max(logits, axis=-1, keepdims=True)
     logits = logits / jnp.maximum(params.temperature, _SMALLEST_TEMPERATURE)[:, None]
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    # Both kinds of work are skipped when no row asks for them: the sort and the random numbers are what costs time.
+    # The sort is what costs time.
     last_logit, last_id = jax.lax.cond(
         jnp.any((params.top_k > 0) | (params.top_p < 1)), _last_kept, _keep_all, logits, ids, params
     )
     keep = (logits > last_logit) | ((logits == last_logit) & (ids <= last_id))
     keep &= logits >= jnp.log(params.min_p)[:, None]  # the best has logit 0
-    noise = jax.lax.cond(jnp.any(params.temperature > 0), _gumbel, lambda keys, x: jnp.zeros_like(x), keys, logits)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     noise = jnp.where((params.temperature > 0)[:, None], noise, 0)
     return jnp.argmax(jnp.where(keep, logits + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
@@ -93,10 +112,6 @@ def _last_kept(logits: jax.Array, ids: jax.Array, params: SamplingParams) -> tup
 
 def _keep_all(logits: jax.Array, ids: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
     return jnp.full_like(logits[:, :1], -jnp.inf), jnp.full_like(ids[:, :1], logits.shape[-1])
-
-
-def _gumbel(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
 
 
 def _per_row(name: str, value: ArrayLike, batch: int, dtype: type, is_valid: object, expected: str) -> np.ndarray:

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from m3jax.data.tokenizer import Tokenizer
 from m3jax.errors import ConfigError, DataError
-from m3jax.inference.decode import NO_TOKEN, generate
+from m3jax.inference.decode import generate
+from m3jax.inference.rows import NO_TOKEN
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the first bytes of a character to
 
@@ -35,7 +36,7 @@ def generate_text(
       stop: strings that end a text; the first to be complete does, and is not part of the text.
       on_text: called with a prompt's number and new text of its continuation as soon as the text is certain: whole
         characters, and nothing that may turn out to be the start of a stop string.
-      **options: max_new_tokens, temperature, top_k, top_p, min_p and key of `m3jax.generate`.
+      **options: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty and key of `m3jax.generate`.
 
     Returns:
       The new text of each prompt, the prompt not included. A character cut off by max_new_tokens is left out.

@@ -31,19 +31,14 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-    """A layer for every mixer of the pattern, one after another; their states are a tuple."""
+    """A layer for every mixer of the pattern, one after another."""
 
     config: ModelConfig
     block: type[nn.Module]  # Block, maybe with recomputation
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, states: tuple[State, ...] | None
-    ) -> tuple[jax.Array, tuple[State, ...] | None]:
-        """As `Block`."""
-        after = []
+    def __call__(self, x: jax.Array, segment_ids: jax.Array | None, state: None) -> tuple[jax.Array, None]:
+        """As `Block`, without a state."""
         for i, mixer in enumerate(self.config.mixer_pattern):
-            before = None if states is None else states[i]
-            x, state = self.block(self.config, mixer, name=str(i))(x, segment_ids, before)
-            after.append(state)
-        return x, None if states is None else tuple(after)
+            x, _ = self.block(self.config, mixer, name=str(i))(x, segment_ids, state)
+        return x, None

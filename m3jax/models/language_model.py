@@ -1,4 +1,10 @@
-"""The language model: embedding, layers stacked under one scan, final norm, head."""
+"""The language model: embedding, layers stacked under one scan, final norm, head.
+
+Where a state goes in and comes out (`prefill`, `step`), there is no loop over the layers: it would carry all states as
+one array, of which every layer copied its part out and in again.
+"""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +16,8 @@ from m3jax.kernels.products import operand_dtype
 from m3jax.models.block import Block, Period
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.norm import RMSNorm
+
+PyTree = Any
 
 _FEW_ROWS = 32
 _REMAT_POLICIES = {
@@ -24,10 +32,11 @@ _REMAT_POLICIES = {
 class LanguageModel(nn.Module):
     """A causal language model. b batch, l length, V = config.padded_vocab_size.
 
-    Parameters of the layers are stacked: every leaf under "layers" has n_layers as its first axis; so has the decode
-    state. Where layers have different mixers, those of one period of the pattern are apart ("layers/0", "layers/1",
-    ...; a tuple of states), and the first axis runs over periods. `initial_state` needs no parameters; the other
-    methods are called through `apply`.
+    Parameters of the layers are stacked: every leaf under "layers" has n_layers as its first axis. Where layers have
+    different mixers, those of one period of the pattern are apart ("layers/0", "layers/1", ...), and the first axis is
+    that of periods. The decode state is a tuple, one mixer's state for each layer, whose arrays all have the batch as
+    their first axis. `initial_state` and `separate_layers` are called on the model itself; the other methods through
+    `apply`, `prefill`, `step` and `logits` also with the parameters that `separate_layers` returns.
     """
 
     config: ModelConfig
@@ -71,12 +80,12 @@ class LanguageModel(nn.Module):
         """
         if state is None:
             state = self.initial_state(*tokens.shape)
-        x, state = self.layers(self._embed(tokens), segment_ids, state)
+        x, state = self._layers_in_turn(self._embed(tokens), segment_ids, state)
         return self.norm(x), state
 
     def step(self, token: jax.Array, state: State) -> tuple[jax.Array, State]:
         """One decode step: token [b] and the state before it → logits [b, V] and the state after it."""
-        x, state = self.layers(self._embed(token), None, state)
+        x, state = self._layers_in_turn(self._embed(token), None, state)
         return self.logits(self.norm(x)), state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -90,10 +99,35 @@ class LanguageModel(nn.Module):
     def initial_state(self, batch: int, capacity: int) -> State:
         """The state of all layers before the first token of `batch` sequences of at most `capacity` tokens each."""
         m = self.config
-        states = tuple(MIXERS[name].initial_state(m, batch, capacity) for name in m.mixer_pattern)
-        periods = m.n_layers // len(states)
-        stacked = jax.tree.map(lambda v: jnp.broadcast_to(v, (periods, *v.shape)), states)
-        return stacked if len(states) > 1 else stacked[0]
+        return tuple(MIXERS[self._mixer(i)].initial_state(m, batch, capacity) for i in range(m.n_layers))
+
+    def separate_layers(self, params: PyTree) -> PyTree:
+        """The parameters for decoding: those of each layer apart, weights of its products as they are multiplied.
+
+        A slice of a stacked weight, or its conversion, would cost a copy at every token.
+        """
+
+        def convert(path: tuple, v: jax.Array) -> jax.Array:
+            return v.astype(self.config.dtype) if path[-1].key == "kernel" else v
+
+        layers = tuple(self._layer(params["layers"], i) for i in range(self.config.n_layers))
+        return dict(params, layers=jax.tree_util.tree_map_with_path(convert, layers))
+
+    def _layers_in_turn(self, x: jax.Array, segment_ids: jax.Array | None, states: State) -> tuple[jax.Array, State]:
+        layers, after = self.variables["params"]["layers"], []
+        for i, state in enumerate(states):
+            params = layers[i] if isinstance(layers, tuple) else self._layer(layers, i)
+            block = Block(self.config, self._mixer(i), parent=None)
+            x, state = block.apply({"params": params}, x, segment_ids, state)
+            after.append(state)
+        return x, tuple(after)
+
+    def _mixer(self, i: int) -> str:
+        return self.config.mixer_pattern[i % len(self.config.mixer_pattern)]
+
+    def _layer(self, stacked: PyTree, i: int) -> PyTree:
+        period, place = divmod(i, len(self.config.mixer_pattern))
+        return jax.tree.map(lambda v: v[period], stacked[str(place)] if len(self.config.mixer_pattern) > 1 else stacked)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         residual = jnp.promote_types(self.config.dtype, jnp.float32)

@@ -9,7 +9,7 @@ import pytest
 
 from m3jax.config import ModelConfig
 from m3jax.errors import ConfigError, DataError
-from m3jax.inference import decode
+from m3jax.inference import rows
 from m3jax.inference.decode import generate
 from m3jax.inference.prompts import left_pad
 from m3jax.models.language_model import LanguageModel
@@ -69,13 +69,14 @@ def test_left_padding_changes_no_hidden_and_no_state(params, prompts):
     def prefill(tokens, segment_ids=None):
         return MODEL.apply({"params": params}, tokens, segment_ids, method="prefill")
 
-    tokens, segment_ids, _ = left_pad(prompts)
+    tokens, segment_ids = left_pad(prompts, len(prompts) + 1, 16)
     padded, padded_state = prefill(tokens, segment_ids)
     alone, state = prefill(np.array(prompts[:1]))
     tolerance = rounding(jnp.float32, CONFIG.d_model)
     assert_close(padded[:1, -LENGTHS[0] :], alone, tolerance, "hidden")
-    for name, leaf in state._asdict().items():
-        assert_close(getattr(padded_state, name)[:, :1], leaf, tolerance, name)
+    for layer, padded_layer in zip(state, padded_state, strict=True):
+        for name, leaf in layer._asdict().items():
+            assert_close(getattr(padded_layer, name)[:1], leaf, tolerance, name)
 
 
 def test_rows_may_have_parameters_of_their_own(params, prompts, greedy):
@@ -134,6 +135,46 @@ def test_on_tokens_hears_every_step_and_can_end_rows(params, prompts, greedy):
     assert np.array(heard).T.tolist() == expected.tolist()
 
 
+def test_logprobs_are_those_of_full_forwards(params, prompts):
+    options = dict(max_new_tokens=N_NEW, temperature=0.7, top_k=9, repetition_penalty=1.3, key=KEYS)
+    tokens, logprobs = generate(MODEL, params, prompts, **options, stop_tokens=range(0, VOCAB, 9), return_logprobs=True)
+    assert -1 in tokens
+    rows_ = right_pad([prompt + row[row >= 0].tolist() for prompt, row in zip(prompts, tokens, strict=True)])
+    expected = np.asarray(jax.nn.log_softmax(forward(params, rows_)[..., :VOCAB], axis=-1))
+    for i, (length, row) in enumerate(zip(LENGTHS, tokens, strict=True)):
+        n = int((row >= 0).sum())
+        of_row = expected[i, np.arange(length - 1, length - 1 + n), row[:n]]
+        assert_close(logprobs[i, :n], of_row, rounding(jnp.float32, CONFIG.d_model), f"row {i}")
+        assert not logprobs[i, n:].any()
+
+
+def test_repetition_penalty_looks_at_prompt_and_continuation(params, prompts, greedy):
+    """So strong that no token comes twice; and one of less than 1 makes the prompt's own tokens certain."""
+    tokens = generate(MODEL, params, prompts, max_new_tokens=N_NEW, temperature=0, repetition_penalty=1e6)
+    for prompt, row in zip(prompts, tokens.tolist(), strict=True):
+        assert len(set(row)) == N_NEW and not set(row) & set(prompt)
+    loud = dict(params, embedding=params["embedding"] * 100)
+    tokens = generate(MODEL, loud, prompts, max_new_tokens=N_NEW, temperature=0, repetition_penalty=[1e-6, 1, 1, 1])
+    assert set(tokens[0].tolist()) <= set(prompts[0])
+
+
+def test_equal_prompts_are_read_once_and_drawn_apart(params, prompts):
+    read_ = []
+
+    class Listening(LanguageModel):
+        def prefill(self, tokens, segment_ids=None, state=None):
+            jax.debug.callback(lambda ids: read_.append(int(ids.any(axis=1).sum())), segment_ids)
+            return super().prefill(tokens, segment_ids, state)
+
+    four = [prompts[0], prompts[1], prompts[0], prompts[0]]
+    shared = generate(Listening(CONFIG), params, four, max_new_tokens=N_NEW, key=KEYS)
+    jax.effects_barrier()
+    assert read_ == [2]
+    for i, prompt in enumerate(four):
+        alone = generate(MODEL, params, [prompt], max_new_tokens=N_NEW, key=KEYS[i : i + 1])
+        assert shared[i].tolist() == alone[0].tolist()
+
+
 def test_decoding_ends_when_all_rows_have(params, prompts, greedy):
     heard = []
 
@@ -187,13 +228,13 @@ def test_lengths_and_parameters_compile_nothing(params):
         run(17, 3, [], key=jax.random.key(0))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
-    assert len(compiled) == 1  # which shows that compilations are counted
+    assert len(compiled) == 2  # empty rows with more room, and the prefill
 
 
 def test_other_instance_of_the_same_model_compiles_nothing(params, prompts, greedy):
-    before = decode._prefill_and_decode._cache_size()
+    before = rows.decode._cache_size()
     tokens = generate(LanguageModel(dataclasses.replace(CONFIG)), params, prompts, max_new_tokens=N_NEW, temperature=0)
-    assert decode._prefill_and_decode._cache_size() == before
+    assert rows.decode._cache_size() == before
     assert tokens.tolist() == greedy.tolist()
 
 

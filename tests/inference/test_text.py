@@ -30,24 +30,27 @@ class Script:
 
 
 class ScriptedModel(nn.Module):
-    """Says what its script says, whatever the prompt."""
+    """Says a row of its script, the one whose number is the last token of the prompt; no number: the first."""
 
     config: Script
 
+    def separate_layers(self, params):
+        return params
+
     def initial_state(self, batch, capacity):
-        return jnp.int32(0)
+        return jnp.zeros((batch, 2), jnp.int32)  # row of the script, position in it
 
     def prefill(self, tokens, segment_ids, state):
-        return jnp.zeros((*tokens.shape, 1)), state
+        number = tokens[:, -1] - ord("0")
+        row = jnp.where((number >= 0) & (number < len(self.config.rows)), number, 0)
+        return jnp.zeros((*tokens.shape, 2), jnp.int32).at[..., 0].set(row[:, None]), state.at[:, 0].set(row)
 
     def logits(self, hidden):
-        return self._say(0)
+        return jax.nn.one_hot(jnp.array(self.config.rows)[hidden[:, 0], hidden[:, 1]], self.config.vocab_size)
 
     def step(self, token, state):
-        return self._say(state + 1), state + 1
-
-    def _say(self, position):
-        return jax.nn.one_hot(jnp.array(self.config.rows)[:, position], self.config.vocab_size)
+        state = state.at[:, 1].add(1)
+        return self.logits(state), state
 
 
 def say(*texts, n=None, stop=(), on_text=None):
@@ -56,7 +59,7 @@ def say(*texts, n=None, stop=(), on_text=None):
     longest = max(map(len, rows))
     script = Script(tuple((*row, *[BYTES.eos_id] * (longest - len(row))) for row in rows))
     options = dict(max_new_tokens=n or longest, temperature=0, stop=stop, on_text=on_text)
-    return generate_text(ScriptedModel(script), {}, BYTES, ["prompt"] * len(texts), **options)
+    return generate_text(ScriptedModel(script), {}, BYTES, [f"prompt {i}" for i in range(len(texts))], **options)
 
 
 def pieces(tokenizer, tokens, prompt=(), stop=()):

@@ -67,10 +67,10 @@ def test_decode_states_and_greedy_tokens(golden, dtype, x64):
     for i in range(config.n_layers):
         expected = {name: arrays[f"state/{i}/{name}"] for name in ("angle", "ssm", "k", "v")}
         phase = tolerances.GOLDEN_PHASE + tolerances.rounding(dtype, tokens.shape[1])
-        tolerances.assert_phase_close(state.angle[i], expected["angle"], phase, f"angle {i}")
-        tolerances.assert_close(state.ssm[i], expected["ssm"][..., order], tolerance, f"ssm {i}")
-        tolerances.assert_close(jnp.swapaxes(state.b[i], 1, 2), expected["k"][..., order], tolerance, f"b {i}")
-        tolerances.assert_close(state.x[i], expected["v"], tolerance, f"x {i}")
+        tolerances.assert_phase_close(state[i].angle, expected["angle"], phase, f"angle {i}")
+        tolerances.assert_close(state[i].ssm, expected["ssm"][..., order], tolerance, f"ssm {i}")
+        tolerances.assert_close(jnp.swapaxes(state[i].b, 1, 2), expected["k"][..., order], tolerance, f"b {i}")
+        tolerances.assert_close(state[i].x, expected["v"], tolerance, f"x {i}")
 
     step = jax.jit(lambda p, token, state: model.apply({"params": p}, token, state, method="step"))
     logits = model.apply({"params": params}, hidden[:, -1], method="logits")
