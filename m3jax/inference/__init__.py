@@ -1,6 +1,7 @@
-"""Generation: prefill and decoding in one compiled loop, sampling, and the way from text to text."""
+"""Generation: a batch at once, continuous batching, sampling, and the way from text to text."""
 
 from m3jax.inference.decode import generate
+from m3jax.inference.engine import Completion, Engine, Request
 from m3jax.inference.text import generate_text
 
-__all__ = ["generate", "generate_text"]
+__all__ = ["Completion", "Engine", "Request", "generate", "generate_text"]
