@@ -1,4 +1,4 @@
-"""Prompts made ready for the device: checked, and arranged in arrays of a few shapes so that new ones rarely compile."""
+"""Prompts made ready for the device: checked, and in arrays of a few shapes so that new lengths rarely compile."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,25 +1,31 @@
 """Causal self-attention as in Llama: grouped queries, rotary positions or none, a cache of keys and values."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from m3jax.config import ModelConfig
+from m3jax.config import ModelConfig, round_up
+from m3jax.kernels.products import operand_dtype
 from m3jax.models import document_attention
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.rotary import standard_rates
 
 _CUDNN_DTYPES, _CUDNN_WIDTH = ("bfloat16", "float16"), 128
+_QUERIES = 128  # tokens of a prompt that look at the cache at one time
 
 
 class AttentionState(NamedTuple):
-    """Keys and values of the tokens so far; m is how many there is room for."""
+    """Keys and values of the tokens so far; m is how many there is room for.
 
-    keys: jax.Array  # [b, m, kv heads, d]
-    values: jax.Array  # [b, m, kv heads, d]
+    A head's tokens lie together: in another order a product with one new token first copied all of them.
+    """
+
+    keys: jax.Array  # [b, kv heads, m, d]
+    values: jax.Array  # [b, kv heads, m, d]
     length: jax.Array  # [b] int32, tokens so far
     start: jax.Array  # [b] int32, of them those before the current document
 
@@ -55,7 +61,7 @@ class Attention(nn.Module):
 
 def initial_state(config: ModelConfig, batch: int, capacity: int) -> AttentionState:
     """No tokens yet, and room for `capacity`."""
-    cache = jnp.zeros((batch, capacity, config.n_kv_heads, config.attention_headdim), config.dtype)
+    cache = jnp.zeros((batch, config.n_kv_heads, capacity, config.attention_headdim), config.dtype)
     none = jnp.zeros(batch, jnp.int32)
     return AttentionState(cache, cache, none, none)
 
@@ -86,7 +92,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     if segment_ids is not None and _fused(q, masked=True) and document_attention.can_run():
         return document_attention.attend_documents(q, k, v, segment_ids)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return _dot_product_attention(q, k, v, mask, is_causal=True)
+    if jax.default_backend() == "cpu":  # which lacks some products of narrow operands
+        q, k, v = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in (q, k, v))
+    implementation = "cudnn" if _fused(q, mask is not None) else "xla"
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
 
 def _fused(q: jax.Array, masked: bool) -> bool:
@@ -97,13 +106,6 @@ def _fused(q: jax.Array, masked: bool) -> bool:
     return on_gpu and takes and not (masked and length % 2)
 
 
-def _dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, **options) -> jax.Array:
-    if jax.default_backend() == "cpu":  # which lacks some products of narrow operands
-        q, k, v = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in (q, k, v))
-    implementation = "cudnn" if _fused(q, mask is not None) else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation, **options)
-
-
 def _attend_from(
     state: AttentionState, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, AttentionState]:
@@ -112,7 +114,7 @@ def _attend_from(
     position = state.length[:, None] + jnp.arange(n_new)[None]  # [b, l]
     rows = jnp.arange(batch)[:, None]
     keys, values = (
-        cache.at[rows, position].set(new.astype(cache.dtype), mode="drop")
+        cache.at[rows, :, position].set(new.astype(cache.dtype), mode="drop")
         for cache, new in ((state.keys, k), (state.values, v))
     )
     start = jnp.broadcast_to(state.start[:, None], position.shape)  # where the document of each new token starts
@@ -121,13 +123,41 @@ def _attend_from(
         start = jax.lax.cummax(jnp.where(changed, position, start), axis=1)
     after = AttentionState(keys, values, state.length + n_new, start[:, -1])
 
-    def to_cache() -> jax.Array:
-        slot = jnp.arange(keys.shape[1])[None, None]
-        mask = (slot <= position[..., None]) & (slot >= start[..., None])  # [b, l, m]
-        return _dot_product_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None])
-
     if n_new == 1:
-        return to_cache(), after
+        return _attend_to_cache(q, after, position, start), after
     # Prompts mostly come first, and then need nothing of the cache.
     first = jnp.all(state.length == 0)
-    return jax.lax.cond(first, lambda: attend(q, k, v, segment_ids), to_cache), after
+    y = jax.lax.cond(first, lambda: attend(q, k, v, segment_ids), lambda: _attend_to_cache(q, after, position, start))
+    return y, after
+
+
+def _attend_to_cache(q: jax.Array, cache: AttentionState, position: jax.Array, start: jax.Array) -> jax.Array:
+    """Attention of tokens [b, l, h, d] to what the cache has from their documents' starts to their own positions."""
+    batch, length, heads, width = q.shape
+    kv, accumulator, operand = cache.keys.shape[1], jnp.promote_types(q.dtype, jnp.float32), operand_dtype(q.dtype)
+
+    def attend_some(some: tuple[jax.Array, ...]) -> jax.Array:
+        q, position, start = some
+        slot = jnp.arange(cache.keys.shape[2])[None, None]
+        visible = (slot <= position[..., None]) & (slot >= start[..., None])  # [b, l, m]
+        grouped = q.reshape(batch, -1, kv, heads // kv, width).astype(operand)
+        scores = jnp.einsum(
+            "blkgd,bkmd->bkglm", grouped, cache.keys.astype(operand), preferred_element_type=accumulator
+        )
+        shares = jax.nn.softmax(jnp.where(visible[:, None, None], scores / math.sqrt(width), -jnp.inf), axis=-1)
+        y = jnp.einsum(
+            "bkglm,bkmd->blkgd", shares.astype(operand), cache.values.astype(operand),
+            preferred_element_type=accumulator,
+        )  # fmt: skip
+        return y.reshape(q.shape).astype(q.dtype)
+
+    if length <= _QUERIES:
+        return attend_some((q, position, start))
+    more = round_up(length, _QUERIES) - length
+
+    def in_pieces(v: jax.Array) -> jax.Array:
+        v = jnp.pad(v, ((0, 0), (0, more)) + ((0, 0),) * (v.ndim - 2))
+        return jnp.moveaxis(v.reshape(batch, -1, _QUERIES, *v.shape[2:]), 1, 0)
+
+    y = jax.lax.map(attend_some, jax.tree.map(in_pieces, (q, position, start)))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, heads, width)[:, :length]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from m3jax.config import ModelConfig
+from m3jax.models import attention
 from m3jax.models.attention import Attention, rotate
 from tests import tolerances
 
@@ -43,6 +44,22 @@ def test_equals_a_loop_over_tokens(x64, theta):
     expected = naive(jax.tree.map(np.asarray, params), u, documents, theta)
     # JAX finds the softmax in float32 whatever the operands are.
     tolerances.assert_close(y, expected, tolerances.rounding("float32", 13), "y")
+
+
+def test_a_long_piece_after_others_equals_the_whole(x64, monkeypatch):
+    """Its tokens look at the cache a few at a time, the last of them fewer."""
+    monkeypatch.setattr(attention, "_QUERIES", 4)
+    u, documents = (
+        np.random.default_rng(2).normal(size=(2, 13, 24)),
+        np.repeat([[1, 1, 1, 2], [3, 3, 4, 4]], [3, 2, 4, 4], axis=1),
+    )
+    module = Attention(CONFIG)
+    params = module.init(jax.random.key(0), u)
+    whole, _ = module.apply(params, u, documents)
+    first, state = module.apply(params, u[:, :3], documents[:, :3], attention.initial_state(CONFIG, 2, 15))
+    rest, _ = module.apply(params, u[:, 3:], documents[:, 3:], state)
+    tolerances.assert_close(first, whole[:, :3], tolerances.rounding("float32", 13), "first")
+    tolerances.assert_close(rest, whole[:, 3:], tolerances.rounding("float32", 13), "rest")
 
 
 def test_rotation_depends_on_distances_alone(x64):
