@@ -173,13 +173,21 @@ def milliseconds(function: Callable, *args, repeats: int = 7, calls: int = 20) -
     return {"ms": float(median), "low": float(low), "high": float(high)}
 
 
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth in TB/s (read and write) and bfloat16 matrix product rate in TFLOP/s of this device."""
-    block = jnp.ones(2**30, jnp.bfloat16)
+def ceilings(copied: int = 2**31, width: int = 8192) -> dict[str, float]:
+    """What this device can do.
+
+    Args:
+      copied: bytes of the array that is copied.
+      width: of the square matrices that are multiplied.
+
+    Returns:
+      Copy bandwidth in TB/s (read and write) and bfloat16 matrix product rate in TFLOP/s.
+    """
+    block = jnp.ones(copied // 2, jnp.bfloat16)
     copy = milliseconds(lambda v: v + 1, block, calls=5)["ms"]
-    matrix = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+    matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
     product = milliseconds(lambda m: m @ m, matrix, calls=5)["ms"]
-    return {"copy_TB_per_s": 2 * block.nbytes / copy / 1e9, "matmul_TFLOP_per_s": 2 * 8192**3 / product / 1e9}
+    return {"copy_TB_per_s": 2 * block.nbytes / copy / 1e9, "matmul_TFLOP_per_s": 2 * width**3 / product / 1e9}
 
 
 def floors(args: dict[str, jax.Array], limits: dict[str, float]) -> dict[str, float]:

@@ -17,17 +17,17 @@ def take_row(tree: PyTree, row: jax.Array) -> PyTree:
     return jax.tree.map(lambda v: jax.lax.dynamic_index_in_dim(v, row), tree)
 
 
-def put_row(tree: PyTree, row: jax.Array, new: PyTree) -> PyTree:
-    """The tree with `new`, arrays [1, ...], in place of one row.
+def put_rows(tree: PyTree, first: jax.Array, new: PyTree) -> PyTree:
+    """The tree with `new`, arrays [r, ...], in place of its rows from `first` on.
 
-    All of the row is replaced: where `new` has less room, as attention's keys after a short prompt, zeros follow.
+    All of a row is replaced: where `new` has less room, as attention's keys after a short prompt, zeros follow.
     """
 
     def put(v: jax.Array, new: jax.Array) -> jax.Array:
         if new.shape[1:] != v.shape[1:]:
             room = [(0, 0)] + [(0, whole - part) for whole, part in zip(v.shape[1:], new.shape[1:], strict=True)]
             new = jnp.pad(new, room)
-        return jax.lax.dynamic_update_slice_in_dim(v, new, row, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(v, new, first, axis=0)
 
     return jax.tree.map(put, tree, new)
 

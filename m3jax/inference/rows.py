@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from m3jax.inference.cache import put_row, take_row
+from m3jax.inference.cache import put_rows, take_row
 from m3jax.inference.listener import tell
 from m3jax.inference.sampling import SamplingParams, log_probability, penalise, sample
 
@@ -85,7 +85,7 @@ def admit(
     new, drawn = draw(model, logits[source], new)
 
     def enter(i: jax.Array, rows: Rows) -> Rows:
-        return put_row(rows, target[i], take_row(new, i)._replace(state=take_row(state, source[i])))
+        return put_rows(rows, target[i], take_row(new, i)._replace(state=take_row(state, source[i])))
 
     return jax.lax.fori_loop(0, newcomers, enter, rows), drawn
 

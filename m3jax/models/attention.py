@@ -92,10 +92,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     if segment_ids is not None and _fused(q, masked=True) and document_attention.can_run():
         return document_attention.attend_documents(q, k, v, segment_ids)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    if jax.default_backend() == "cpu":  # which lacks some products of narrow operands
-        q, k, v = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in (q, k, v))
     implementation = "cudnn" if _fused(q, mask is not None) else "xla"
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
+    operands = (t.astype(operand_dtype(t.dtype)) for t in (q, k, v))
+    y = jax.nn.dot_product_attention(*operands, mask=mask, is_causal=True, implementation=implementation)
+    return y.astype(q.dtype)
 
 
 def _fused(q: jax.Array, masked: bool) -> bool:

@@ -51,10 +51,10 @@ def test_rows_are_taken_put_and_cleared():
     tree = {"a": jnp.arange(12.0).reshape(3, 4), "key": jax.random.split(jax.random.key(0), 3)}
     one = cache.take_row(tree, 2)
     assert one["a"].tolist() == [[8, 9, 10, 11]] and one["key"].shape == (1,)
-    put = cache.put_row(tree, 0, one)
+    put = cache.put_rows(tree, 0, one)
     assert put["a"].tolist() == [[8, 9, 10, 11], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert (put["key"] == tree["key"][np.array([2, 1, 2])]).all()
-    shorter = cache.put_row({"a": tree["a"]}, 1, {"a": jnp.ones((1, 2))})
+    shorter = cache.put_rows({"a": tree["a"]}, 1, {"a": jnp.ones((1, 2))})
     assert shorter["a"].tolist() == [[0, 1, 2, 3], [1, 1, 0, 0], [8, 9, 10, 11]]
     cleared = cache.clear_rows({"a": tree["a"].at[1].set(jnp.nan)}, jnp.array([False, True, False]))
     assert cleared["a"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 0], [8, 9, 10, 11]]
