@@ -5,15 +5,17 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
 
 
 class Linear(nn.Module):
-    """One weight "kernel" [in, sum(widths)], used as one product for each width.
+    """One weight "kernel" [in, sum(widths)], used as one product for each width where there are many rows.
 
     What follows takes the outputs apart anyway. Separate products spare copies of activations: slices of the output on
-    the way forward and, on the way back, the concatenation of its parts' gradients.
+    the way forward and, on the way back, the concatenation of its parts' gradients. Where the rows are fewer than the
+    inputs, as in decoding, these copies are smaller than those of the weight's parts.
     """
 
     config: ModelConfig
@@ -27,6 +29,8 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.gain**2 / 3, "fan_in", "uniform")
         kernel = self.param("kernel", init, (x.shape[-1], sum(self.widths)), self.config.param_dtype)
         x, kernel = x.astype(self.config.dtype), kernel.astype(self.config.dtype)
+        if x.size < x.shape[-1] ** 2:
+            return jnp.split(x @ kernel, list(itertools.accumulate(self.widths[:-1])), axis=-1)
         ends = itertools.accumulate(self.widths)
         return [x @ kernel[:, end - width : end] for width, end in zip(self.widths, ends, strict=True)]
 
