@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..gpu import no_triton_here, partitioned
-from . import reference, xla
+from . import reference, step, xla
 from .inputs import Sequence, check_inputs
 from .walk import walk_in_jax
 
@@ -92,7 +92,7 @@ def gated_delta_step(
     """
     token = Sequence(q, k, v, log_decay, beta)
     check_inputs(token, state, None)
-    o, new_state = reference.step(token, _state(token, state))
+    o, new_state = step.step(token, state)
     return o, new_state.astype(state.dtype)
 
 
