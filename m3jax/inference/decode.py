@@ -149,6 +149,12 @@ def _separate_layers(model: nn.Module, params: Any) -> Any:
     return model.separate_layers(params)
 
 
+def needs_room(model: nn.Module) -> bool:
+    """Whether a state grows with the tokens it has room for."""
+    one, two = (jax.tree.leaves(jax.eval_shape(lambda n=n: model.initial_state(1, n))) for n in (1, 2))
+    return any(a.shape != b.shape for a, b in zip(one, two, strict=True))
+
+
 def check_max_new_tokens(value: int) -> None:
     """Raises ConfigError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

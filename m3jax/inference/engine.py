@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from m3jax.errors import ConfigError
-from m3jax.inference.decode import check_max_new_tokens, enter, pad_stop_tokens
+from m3jax.inference.decode import check_max_new_tokens, enter, needs_room, pad_stop_tokens
 from m3jax.inference.prompts import PREFILL_TOKENS, check_prompts, length_bucket, plan_prefills
 from m3jax.inference.rows import NO_TOKEN, Drawing, Drawn, decode, empty_rows
 from m3jax.inference.sampling import SamplingParams
@@ -106,7 +106,7 @@ class Engine:
         for name, value in (sizes if capacity is None else sizes | {"capacity": capacity}).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} = {value!r}: expected an integer of at least 1.")
-        if not _needs_room(model):
+        if not needs_room(model):
             capacity = None
         elif capacity is None:
             raise ConfigError("capacity = None: expected the tokens that a slot has room for; the model has attention.")
@@ -237,9 +237,3 @@ def _sampling(requests: Sequence[Request]) -> SamplingParams:
     names = SamplingParams._fields
     columns = {name: [getattr(request, name) for request in requests] for name in names}
     return SamplingParams.for_batch(len(requests), **columns)
-
-
-def _needs_room(model: nn.Module) -> bool:
-    """Whether a state grows with the tokens it has room for."""
-    one, two = (jax.tree.leaves(jax.eval_shape(lambda n=n: model.initial_state(1, n))) for n in (1, 2))
-    return any(a.shape != b.shape for a, b in zip(one, two, strict=True))

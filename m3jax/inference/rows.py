@@ -137,6 +137,7 @@ def decode(
     return rows, drawn
 
 
+@partial(jax.jit, static_argnames="model")
 def draw(model: nn.Module, logits: jax.Array, rows: Rows) -> tuple[Rows, Drawn]:
     """The rows with a token more, drawn from logits [b, ...], unless they have ended."""
     logits = logits[

@@ -104,8 +104,11 @@ class LanguageModel(nn.Module):
     def separate_layers(self, params: PyTree) -> PyTree:
         """The parameters for decoding: those of each layer apart, weights of its products as they are multiplied.
 
-        A slice of a stacked weight, or its conversion, would cost a copy at every token.
+        A slice of a stacked weight, or its conversion, would cost a copy at every token. Parameters that are so already
+        stay as they are.
         """
+        if isinstance(params["layers"], tuple):
+            return params
 
         def convert(path: tuple, v: jax.Array) -> jax.Array:
             return v.astype(self.config.dtype) if path[-1].key == "kernel" else v

@@ -1,0 +1,236 @@
+"""One sequence whose state is kept: read on, continued, forked, written to disk and read back."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import linen as nn
+
+from m3jax.data.atomic import whole_file
+from m3jax.errors import CheckpointError, ConfigError
+from m3jax.inference.decode import check_max_new_tokens, needs_room, pad_stop_tokens
+from m3jax.inference.listener import Listener
+from m3jax.inference.prompts import check_prompts, length_bucket
+from m3jax.inference.rows import Drawing, Rows, decode, draw, read
+from m3jax.inference.sampling import SamplingParams
+
+_LONGEST_PIECE = 512  # tokens that are read at one time; shorter pieces are powers of two
+_MOST = 256
+_FORMAT = "m3jax session 1"
+_WITHOUT_INFLUENCE = (
+    "param_dtype",
+    "chunk_size",
+    "scan_implementation",
+    "remat",
+    "scan_layers",
+)  # on what a state means
+
+
+class Session:
+    """A conversation with a model, of which nothing is read twice.
+
+    Attributes:
+      length: tokens so far, read and drawn.
+    """
+
+    def __init__(self, model: nn.Module, params: Any, *, capacity: int | None = None):
+        """Starts without any token.
+
+        Args:
+          model: as in `m3jax.generate`.
+          params: the model's parameters; `model.separate_layers(params)`, so that several sessions have one copy.
+          capacity: tokens that there is room for, where the model has attention. Not needed by other models.
+
+        Raises:
+          ConfigError: no capacity where one is needed.
+        """
+        if needs_room(model) and (not isinstance(capacity, int) or capacity < 1):
+            raise ConfigError(f"capacity = {capacity!r}: expected an integer of at least 1; the model has attention.")
+        self._model, self._params = model, jax.jit(model.separate_layers)(params)
+        self._capacity = capacity if needs_room(model) else None
+        self._state = model.initial_state(1, self._capacity or 1)
+        self._seen = jnp.zeros((1, model.config.vocab_size), bool)
+        self._unread: list[int] = []  # the last tokens, which the state does not have yet
+        self.length = 0
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Adds tokens to the sequence.
+
+        Raises:
+          DataError: tokens that are none, not integers, or outside the vocabulary.
+          ConfigError: more than there is room for.
+        """
+        (tokens,) = check_prompts([tokens], self._model.config.vocab_size)
+        self._check_room(len(tokens))
+        self._unread += tokens.tolist()
+        self.length += len(tokens)
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        on_token: Callable[[int], bool | None] | None = None,
+        **sampling: float,
+    ) -> list[int]:
+        """Draws tokens and adds them to the sequence.
+
+        Args:
+          max_new_tokens: how many may follow.
+          seed: token i of the sequence is drawn with `fold_in(jax.random.key(seed), i)`: the same as `generate` draws.
+          stop_tokens: ids after which drawing ends.
+          on_token: called with every token as it is drawn; may return True to end with it. After an error of it the
+            sequence is the one before the call.
+          **sampling: temperature, top_k, top_p, min_p and repetition_penalty of `m3jax.generate`.
+
+        Returns:
+          The new tokens.
+
+        Raises:
+          ConfigError: a parameter outside its range, no token to follow, or more than there is room for.
+        """
+        check_max_new_tokens(max_new_tokens)
+        self._check_room(max_new_tokens)
+        if not self._unread:
+            raise ConfigError("The session is empty: expected at least one token to be read before others are drawn.")
+        params = SamplingParams.for_batch(1, **sampling)
+        stops = pad_stop_tokens(stop_tokens, self._model.config.vocab_size)[None]
+        drawing = Drawing(jax.random.key(seed)[None], params, stops)
+        logits, state, seen = self._read_all()
+        one = np.ones(1, np.int32)
+        rows = Rows((), 0 * one, self.length * one, max_new_tokens * one, seen, drawing)
+        with (
+            nullcontext() if on_token is None else Listener(lambda tokens: [bool(on_token(int(tokens[0])))]) as listener
+        ):
+            rows, first = draw(self._model, logits, rows)
+            rows = rows._replace(state=state)
+            ended = np.zeros(1, bool) if listener is None else listener.hear(np.asarray(first.tokens))
+            number = None if listener is None else listener.number
+            most = length_bucket(max_new_tokens, _MOST)
+            # Takes the memory of the state that was just read, which nobody else has; the session still has its own.
+            rows, more = decode(self._model, self._params, rows, ended, np.int32(max_new_tokens - 1), number, most=most)
+            tokens = np.concatenate([first.tokens, more.tokens[:, 0]])
+        tokens = tokens[tokens >= 0].tolist()
+        self._state, self._seen, self._unread = rows.state, rows.seen, tokens[-1:]
+        self.length += len(tokens)
+        return tokens
+
+    def fork(self) -> "Session":
+        """Another session that goes on from here; nothing that one does is seen by the other."""
+        other = object.__new__(Session)
+        other.__dict__ |= self.__dict__ | {"_unread": list(self._unread)}
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Writes the session to a safetensors file, which is either the old one or the whole new one."""
+        tensors = {name: np.asarray(v) for name, v in _named(self._state).items()}
+        tensors |= {"seen": np.asarray(self._seen), "unread": np.array(self._unread, np.int32)}
+        about = {"format": _FORMAT, "length": str(self.length), "capacity": json.dumps(self._capacity)}
+        about |= {"model": json.dumps(_meaning(self._model)), "weights": _checksum(self._params)}
+        with whole_file(Path(path), "wb") as file:
+            file.write(safetensors.numpy.save(tensors, about))
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, params: Any) -> "Session":
+        """Reads a session back.
+
+        Raises:
+          CheckpointError: no such file, one that is no session, or one of another model or other weights.
+        """
+        path = Path(path)
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"Cannot read {path}: {error}") from error
+        if about.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} says format = {about.get('format')!r}: expected {_FORMAT!r}.")
+        _check_meaning(path, json.loads(about["model"]), _meaning(model))
+        session = cls(model, params, capacity=json.loads(about["capacity"]))
+        session._check_shapes(path, tensors)
+        if about["weights"] != _checksum(session._params):
+            raise CheckpointError(f"{path} is a session of other weights: expected those of the model given.")
+        leaves, structure = jax.tree.flatten(session._state)
+        names = list(_named(session._state))
+        session._state = structure.unflatten(
+            jnp.asarray(tensors[name], leaf.dtype) for name, leaf in zip(names, leaves, strict=True)
+        )
+        session._seen, session._unread = jnp.asarray(tensors["seen"]), tensors["unread"].tolist()
+        session.length = int(about["length"])
+        return session
+
+    def _read_all(self) -> tuple[jax.Array, Any, jax.Array]:
+        """The logits after the last token, and the state and the tokens seen with all that was unread."""
+        state, seen, unread = self._state, self._seen, self._unread
+        while unread:
+            n = min(_LONGEST_PIECE, 1 << (len(unread).bit_length() - 1))
+            piece, unread = np.array([unread[:n]], np.int32), unread[n:]
+            logits, state, seen = read(self._model, self._params, state, seen, piece)
+        return logits, state, seen
+
+    def _check_room(self, more: int) -> None:
+        if self._capacity is not None and self.length + more > self._capacity:
+            raise ConfigError(
+                f"{more} tokens after {self.length} need room for {self.length + more}: expected at most capacity = "
+                f"{self._capacity}."
+            )
+
+    def _check_shapes(self, path: Path, tensors: dict[str, np.ndarray]) -> None:
+        expected = _named(self._state) | {"seen": self._seen}
+        if missing := sorted(expected.keys() ^ (tensors.keys() - {"unread"})):
+            raise CheckpointError(f"{path}: {missing[0]} is in the file or in the model alone.")
+        for name, v in expected.items():
+            if tensors[name].shape != v.shape or tensors[name].dtype != v.dtype:
+                raise CheckpointError(
+                    f"{path}: {name} is {tensors[name].dtype} {tensors[name].shape}: expected {v.dtype} {v.shape}."
+                )
+
+
+def _named(state: Any) -> dict[str, jax.Array]:
+    """Its arrays by names such as state/3/ssm."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    parts = (
+        (["state", *(str(getattr(key, "name", getattr(key, "idx", key))) for key in path)], v) for path, v in leaves
+    )
+    return {"/".join(names): v for names, v in parts}
+
+
+def _meaning(model: nn.Module) -> dict[str, Any]:
+    """The keys of the config that decide what a state says."""
+    return {key: value for key, value in asdict(model.config).items() if key not in _WITHOUT_INFLUENCE}
+
+
+def _check_meaning(path: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
+    different = [key for key in own if stored.get(key) != own[key]]
+    if different:
+        key = different[0]
+        raise CheckpointError(
+            f"{path} is a session of another model: {key} = {stored.get(key)!r}, expected {own[key]!r}."
+        )
+
+
+def _checksum(params: Any) -> str:
+    sums = jax.device_get(_bit_sums(params))
+    return hashlib.sha256(repr(jax.tree.map(int, sums)).encode()).hexdigest()
+
+
+@jax.jit
+def _bit_sums(params: Any) -> Any:
+    """Of each array, the sum of its numbers' bits modulo 2^32."""
+
+    def bits(v: jax.Array) -> jax.Array:
+        return jnp.sum(
+            jax.lax.bitcast_convert_type(v, f"uint{8 * v.dtype.itemsize}").astype(jnp.uint32), dtype=jnp.uint32
+        )
+
+    return jax.tree.map(bits, params)
