@@ -6,14 +6,17 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from m3jax.cli import Parser, run_main
 from m3jax.errors import ConfigError, DataError
-from m3jax.inference import generate, generate_text
+from m3jax.inference import Session, generate, generate_text
+from m3jax.inference.interactive import converse, typed_lines, what_ends_a_turn
 from m3jax.loading import read_checkpoint
 from m3jax.models.language_model import LanguageModel
+from m3jax.training.checkpoint import Checkpoint
 
 
 class _CallableModule(types.ModuleType):
@@ -27,8 +30,13 @@ sys.modules[__name__].__class__ = _CallableModule
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program with these arguments (None = those of the process) and prints the texts."""
     arguments, overrides = _parser().parse(argv)
+    if arguments.interactive:
+        _converse(arguments, overrides)
+        return
+    if arguments.session is not None:
+        raise ConfigError("--session keeps a conversation: expected --interactive with it.")
     prompts = [p for p in _read_prompts(arguments) for _ in range(arguments.num_samples)]
-    checkpoint = read_checkpoint(arguments.checkpoint, arguments.step, ema=arguments.ema, overrides=overrides)
+    checkpoint = _read_checkpoint(arguments, overrides)
     streams = len(prompts) == 1 and not arguments.no_stream
     if streams:
         print(prompts[0], end="", flush=True)
@@ -37,14 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.params,
         checkpoint.tokenizer,
         prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
         key=jax.random.key(arguments.seed),
         stop=arguments.stop,
         on_text=(lambda row, piece: print(piece, end="", flush=True)) if streams else None,
+        **_sampling(arguments),
     )
     if streams:
         print()
@@ -53,6 +57,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(prompts) > 1:
             print(f"--- {i} of {len(prompts)} ---")
         print(f"{prompt}{text}")
+
+
+def _converse(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    if arguments.prompt or arguments.prompt_file is not None or arguments.num_samples != 1:
+        raise ConfigError(
+            "--interactive takes lines from the keyboard: expected no --prompt, --prompt-file, --num-samples."
+        )
+    checkpoint = _read_checkpoint(arguments, overrides)
+    model, tokenizer, path = LanguageModel(checkpoint.config.model), checkpoint.tokenizer, arguments.session
+    if path is not None and Path(path).exists():
+        session = Session.load(path, model, checkpoint.params)
+        print(f"The conversation in {path} goes on after {session.length} tokens.")
+    else:
+        session = Session(model, checkpoint.params, capacity=arguments.capacity)
+    print(what_ends_a_turn(tokenizer, arguments.max_new_tokens, arguments.stop))
+    converse(
+        session,
+        tokenizer,
+        typed_lines(),
+        lambda text: print(text, end="", flush=True),
+        stop=arguments.stop,
+        after_turn=(lambda: session.save(path)) if path is not None else (lambda: None),
+        seed=arguments.seed,
+        **_sampling(arguments),
+    )
+    print()
+
+
+def _read_checkpoint(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Checkpoint:
+    return read_checkpoint(arguments.checkpoint, arguments.step, ema=arguments.ema, overrides=overrides)
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def _parser() -> Parser:
@@ -68,10 +107,14 @@ def _parser() -> Parser:
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K most probable tokens; 0 = all")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the tokens that together reach P; 1 = all")
     add("--min-p", type=float, default=0.0, metavar="P", help="no token below P times the best one's probability")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="over 1: what is there already comes less")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be given several times")
     add("--num-samples", type=_at_least_1, default=1, metavar="K", help="continuations of each prompt")
     add("--seed", type=_seed, default=0, help="the same seed draws the same texts")
     add("--no-stream", action="store_true", help="print the text when it is complete, not as it is generated")
+    add("--interactive", action="store_true", help="continue line after line from the keyboard; the state is kept")
+    add("--session", metavar="FILE", help="of --interactive: goes on from this file if it is there; saved every turn")
+    add("--capacity", type=_at_least_1, default=8192, help="of --interactive: tokens in all, for models with attention")
     return parser
 
 

@@ -38,6 +38,7 @@ class Session:
     """A conversation with a model, of which nothing is read twice.
 
     Attributes:
+      model: what it is a conversation with.
       length: tokens so far, read and drawn.
     """
 
@@ -54,7 +55,7 @@ class Session:
         """
         if needs_room(model) and (not isinstance(capacity, int) or capacity < 1):
             raise ConfigError(f"capacity = {capacity!r}: expected an integer of at least 1; the model has attention.")
-        self._model, self._params = model, jax.jit(model.separate_layers)(params)
+        self.model, self._params = model, jax.jit(model.separate_layers)(params)
         self._capacity = capacity if needs_room(model) else None
         self._state = model.initial_state(1, self._capacity or 1)
         self._seen = jnp.zeros((1, model.config.vocab_size), bool)
@@ -68,7 +69,7 @@ class Session:
           DataError: tokens that are none, not integers, or outside the vocabulary.
           ConfigError: more than there is room for.
         """
-        (tokens,) = check_prompts([tokens], self._model.config.vocab_size)
+        (tokens,) = check_prompts([tokens], self.model.config.vocab_size)
         self._check_room(len(tokens))
         self._unread += tokens.tolist()
         self.length += len(tokens)
@@ -103,7 +104,7 @@ class Session:
         if not self._unread:
             raise ConfigError("The session is empty: expected at least one token to be read before others are drawn.")
         params = SamplingParams.for_batch(1, **sampling)
-        stops = pad_stop_tokens(stop_tokens, self._model.config.vocab_size)[None]
+        stops = pad_stop_tokens(stop_tokens, self.model.config.vocab_size)[None]
         drawing = Drawing(jax.random.key(seed)[None], params, stops)
         logits, state, seen = self._read_all()
         one = np.ones(1, np.int32)
@@ -111,13 +112,13 @@ class Session:
         with (
             nullcontext() if on_token is None else Listener(lambda tokens: [bool(on_token(int(tokens[0])))]) as listener
         ):
-            rows, first = draw(self._model, logits, rows)
+            rows, first = draw(self.model, logits, rows)
             rows = rows._replace(state=state)
             ended = np.zeros(1, bool) if listener is None else listener.hear(np.asarray(first.tokens))
             number = None if listener is None else listener.number
             most = length_bucket(max_new_tokens, _MOST)
             # Takes the memory of the state that was just read, which nobody else has; the session still has its own.
-            rows, more = decode(self._model, self._params, rows, ended, np.int32(max_new_tokens - 1), number, most=most)
+            rows, more = decode(self.model, self._params, rows, ended, np.int32(max_new_tokens - 1), number, most=most)
             tokens = np.concatenate([first.tokens, more.tokens[:, 0]])
         tokens = tokens[tokens >= 0].tolist()
         self._state, self._seen, self._unread = rows.state, rows.seen, tokens[-1:]
@@ -135,7 +136,7 @@ class Session:
         tensors = {name: np.asarray(v) for name, v in _named(self._state).items()}
         tensors |= {"seen": np.asarray(self._seen), "unread": np.array(self._unread, np.int32)}
         about = {"format": _FORMAT, "length": str(self.length), "capacity": json.dumps(self._capacity)}
-        about |= {"model": json.dumps(_meaning(self._model)), "weights": _checksum(self._params)}
+        about |= {"model": json.dumps(_meaning(self.model)), "weights": _checksum(self._params)}
         with whole_file(Path(path), "wb") as file:
             file.write(safetensors.numpy.save(tensors, about))
 
@@ -175,7 +176,7 @@ class Session:
         while unread:
             n = min(_LONGEST_PIECE, 1 << (len(unread).bit_length() - 1))
             piece, unread = np.array([unread[:n]], np.int32), unread[n:]
-            logits, state, seen = read(self._model, self._params, state, seen, piece)
+            logits, state, seen = read(self.model, self._params, state, seen, piece)
         return logits, state, seen
 
     def _check_room(self, more: int) -> None:

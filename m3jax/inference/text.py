@@ -47,11 +47,7 @@ def generate_text(
     """
     _check_texts("prompts", prompts)
     _check_texts("stop", stop)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"Tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
-            "expected the tokenizer the model was trained with."
-        )
+    check_tokenizer(tokenizer, model)
     prompt_tokens = [_encode(tokenizer, i, prompt) for i, prompt in enumerate(prompts)]
     texts = [ContinuedText(tokenizer, tokens, stop) for tokens in prompt_tokens]
 
@@ -74,6 +70,15 @@ def generate_text(
     for row, text in enumerate(texts):
         emit(row, text.finish())
     return [text.text for text in texts]
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: nn.Module) -> None:
+    """Raises ConfigError if the tokenizer has tokens that the model does not."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"Tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+            "expected the tokenizer the model was trained with."
+        )
 
 
 class ContinuedText:

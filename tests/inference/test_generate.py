@@ -87,6 +87,33 @@ def test_options_reach_the_sampler(run, state):
     assert run("--prompt", PROMPTS[0], "--top-k=1", "--ema", "--step=0") == f"{PROMPTS[0]}{average}\n" != greedy
 
 
+def test_conversation_keeps_its_state(run, state, monkeypatch, tmp_path):
+    """Two turns, then a third of another process; the text of each is that of the whole before it."""
+    typed = iter(["One", "two", EOFError, "three", EOFError])
+
+    def read(prompt):
+        line = next(typed)
+        if line is EOFError:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    flags = ["--interactive", "--temperature=0", "--session", str(tmp_path / "s")]
+    first, second = run(*flags), run(*flags)
+    assert first.startswith("A turn ends after 12 tokens, at the end of a text. Ctrl-D ends the conversation.\n")
+    text, expected_turns = [256], []
+    for line in ("One\n", "two\n", "three\n"):
+        text += line.encode()
+        tokens = m3jax.generate(MODEL, state.params, [text], max_new_tokens=12, temperature=0, stop_tokens=[257])[0]
+        text += tokens[tokens >= 0].tolist()
+        expected_turns.append(ByteTokenizer().decode(tokens[tokens >= 0]))
+    turns = [turn.rstrip("\ufffd") for turn in expected_turns]  # a character that is cut off is left out
+    assert first.split("\n", 1)[1] == f"{turns[0]}\n{turns[1]}\n\n"
+    greeting, rest = second.split("\n", 1)
+    assert greeting.startswith(f"The conversation in {tmp_path / 's'} goes on after ")
+    assert rest.split("\n", 1)[1] == f"{turns[2]}\n\n"
+
+
 def test_as_a_program(workdir, state):
     arguments = ["--checkpoint", str(workdir), "--prompt", PROMPTS[1], "--max-new-tokens=12"]
     command = [sys.executable, "-W", "error", "-m", "m3jax.generate", *arguments]
@@ -106,6 +133,13 @@ def test_the_program_does_not_hide_the_function(state):
     ("error", "arguments", "message"),
     [
         (ConfigError, [], "Nothing to continue: give --prompt"),
+        (
+            ConfigError,
+            ["--interactive", "--prompt=a"],
+            "--interactive takes lines from the keyboard: expected no --prompt",
+        ),
+        (ConfigError, ["--prompt=a", "--session=s"], "--session keeps a conversation: expected --interactive"),
+        (ConfigError, ["--prompt=a", "--repetition-penalty=0"], "repetition_penalty = 0.0: expected .* over 0"),
         (ConfigError, ["--prompt=a", "--num-samples=0"], "--num-samples: 0: expected at least 1"),
         (ConfigError, ["--prompt=a", "--seed=-1"], r"--seed: -1: expected an integer in \[0, 2\^32\)"),
         (ConfigError, ["--prompt=a", "--top-k=many"], "--top-k: invalid int value: 'many'"),
