@@ -1,6 +1,7 @@
 """The program: python -m m3jax.generate on a checkpoint of a tiny untrained model."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import m3jax
+from m3jax import evaluate
 from m3jax.config import build_config
 from m3jax.data.tokenizer import ByteTokenizer
 from m3jax.errors import CheckpointError, ConfigError, DataError
@@ -18,6 +20,7 @@ from m3jax.inference import generate_text
 from m3jax.models.language_model import LanguageModel
 from m3jax.training.checkpoint import Checkpointer
 from m3jax.training.step import init_state
+from tests.tolerances import rounding
 
 CONFIG = build_config(
     {
@@ -112,6 +115,23 @@ def test_conversation_keeps_its_state(run, state, monkeypatch, tmp_path):
     greeting, rest = second.split("\n", 1)
     assert greeting.startswith(f"The conversation in {tmp_path / 's'} goes on after ")
     assert rest.split("\n", 1)[1] == f"{turns[2]}\n\n"
+
+
+def test_evaluation_by_steps_is_that_of_the_sequence(workdir, tmp_path, capsys):
+    """Documents and all; a state in bfloat16 gives another number, by less than its rounding explains."""
+    (tmp_path / "text.txt").write_text("all work and no play\n" * 9)
+    flags = ["--config.data.sequence_length=24", "--config.data.batch_size=2", "--batches=1"]
+    flags += [f"--config.data.validation_source={tmp_path}/text.txt", f"--config.data.cache_dir={tmp_path}"]
+
+    def loss(*more):
+        evaluate.main(["--checkpoint", str(workdir), "--json", str(tmp_path / "out.json"), *flags, *more])
+        return json.loads((tmp_path / "out.json").read_text())["loss"]
+
+    whole, steps = loss(), loss("--by-steps")
+    narrow = loss("--by-steps", "--config.model.state_dtype=bfloat16")
+    assert "by decode steps, state in bfloat16\n" in capsys.readouterr().out
+    assert abs(steps - whole) <= rounding("float32", 32) * whole
+    assert 0 < abs(narrow - steps) <= rounding("bfloat16", 32) * whole
 
 
 def test_as_a_program(workdir, state):
