@@ -108,16 +108,20 @@ def check(model: LanguageModel, params: PyTree) -> float:
     return error
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="rows")
-def fill(model: LanguageModel, params: PyTree, rows: Rows, tokens: jax.Array, first: jax.Array) -> Rows:
-    """Reads prompts [r, n] into the rows from `first` on, with their most probable next tokens."""
-    r, n = tokens.shape
-    state = model.initial_state(r, n)
-    hidden, state = model.apply({"params": params}, tokens, None, state, method="prefill")
-    token = jnp.argmax(model.apply({"params": params}, hidden[:, -1], method="logits"), axis=-1).astype(jnp.int32)
-    now = rows._replace(drawing=(), seen=(), left=())
-    now = put_rows(now, first, Rows(state, token, jnp.full(r, n, jnp.int32), (), (), ()))
-    return now._replace(drawing=rows.drawing, seen=rows.seen, left=jnp.full_like(rows.left, jnp.iinfo(jnp.int32).max))
+@functools.partial(jax.jit, static_argnames="model")
+def prefill(model: LanguageModel, params: PyTree, tokens: jax.Array) -> tuple[PyTree, jax.Array]:
+    """The state after prompts [r, n], and their most probable next tokens [r]."""
+    hidden, state = model.apply({"params": params}, tokens, None, model.initial_state(*tokens.shape), method="prefill")
+    logits = model.apply({"params": params}, hidden[:, -1], method="logits")
+    return state, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def enter(rows: Rows, first: jax.Array, state: PyTree, token: jax.Array, length: int) -> Rows:
+    """The rows with these from `first` on, all of which may gain any number of tokens."""
+    state, token = put_rows((rows.state, rows.token), first, (state, token))
+    endless = jnp.full_like(rows.left, jnp.iinfo(jnp.int32).max)
+    return rows._replace(state=state, token=token, length=jnp.full_like(rows.length, length), left=endless)
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
@@ -145,7 +149,8 @@ class Cell:
 
     def _fill(self, calls: int) -> jax.Array:
         for i in range(calls):
-            self.rows = fill(self.model, self.params, self.rows, self.prompts, np.int32(i * self.at_once))
+            state, token = prefill(self.model, self.params, self.prompts)
+            self.rows = enter(self.rows, np.int32(i * self.at_once), state, token, self.length)
         return self.rows.token
 
     def _decode(self, steps: int) -> jax.Array:
@@ -167,7 +172,6 @@ class Cell:
         calls = self.batch // self.at_once
         part, times = self._part(self._fill, calls, 1)
         row = {"prefill_rows": self.at_once, "prefill_s": spread([calls * t for t in times])}
-        self._fill(calls)
         steps, step_times = self._part(self._decode, min(self.length, self.options.steps), min(self.length, 4))
         row["step_ms"] = spread([1e3 * t for t in step_times])
         row["prefill_and_decode_s"] = row["prefill_s"]["median"] + self.length * row["step_ms"]["median"] / 1e3
@@ -271,7 +275,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batches", nargs="+", type=int)
     add("--prefill-tokens", type=int, default=32768, help="at most so many tokens at a time, and at least one row")
     add("--steps", type=int, default=512, help="at most so many are timed, and multiplied")
-    add("--seconds", type=float, default=30.0, help="for each of the two parts of a cell")
+    add("--seconds", type=float, default=6.0, help="for each of the two parts of a cell")
     add("--quick", action="store_true", help="tiny models, so that a CPU shows in a minute that everything runs")
     options = parser.parse_args(argv)
     options.lengths = options.lengths or ([16] if options.quick else [512, 1024, 2048, 4096, 8192, 16384])

@@ -68,6 +68,7 @@ class _Running:
     number: int
     request: Request
     completion: Completion = dataclasses.field(default_factory=Completion)
+    left: int = 0  # tokens that it may gain in blocks not started yet
 
 
 class Engine:
@@ -161,6 +162,7 @@ class Engine:
                 self._model, self._params, self._rows, ended, np.int32(self._block), None, most=self._block
             )
             self._unread.append((drawn, list(self._slots)))
+            self._leave_by_length()
         errors = []
         while len(self._unread) > busy:
             errors += self._hand_out(*self._unread.popleft())
@@ -197,7 +199,16 @@ class Engine:
             members = [entering[i] for i in plan.members]
             for slot, running in zip(slots, members, strict=True):
                 self._slots[slot] = running
+                running.left = running.request.max_new_tokens - 1
             self._unread.append((first, members))
+
+    def _leave_by_length(self) -> None:
+        """Frees the slots of requests that the block just started brings to their length: no need to read it first."""
+        for slot, running in enumerate(self._slots):
+            if running is not None:
+                running.left -= self._block
+                if running.left <= 0:
+                    self._slots[slot] = None
 
     def _hand_out(self, drawn: Drawn, whose: list[_Running | None]) -> list[BaseException]:
         """Gives tokens [b] or [steps, b] to their requests, and frees the slots of those that end; returns errors."""
@@ -215,7 +226,8 @@ class Engine:
                     running.completion.reason = "on_token"
                     errors.append(error)
                 if running.completion.reason is not None:
-                    self._slots[self._slots.index(running)] = None
+                    if running in self._slots:
+                        self._slots[self._slots.index(running)] = None
                     self._done[running.number] = running.completion
                     break
         return errors
