@@ -46,7 +46,8 @@ class LanguageModel(nn.Module):
         m = self.config
         table = nn.initializers.normal(0.02), (m.padded_vocab_size, m.d_model), m.param_dtype
         self.embedding = self.param("embedding", *table)
-        self.head = self.embedding if m.tie_embeddings else self.param("head", *table)
+        tied = m.tie_embeddings and not self.has_variable("params", "head")  # there is one of separate_layers
+        self.head = self.embedding if tied else self.param("head", *table)
         block = Block
         if m.remat != "none":
             # In a loop the compiler cannot undo recomputation by taking it for a common subexpression.
@@ -102,10 +103,10 @@ class LanguageModel(nn.Module):
         return tuple(MIXERS[self._mixer(i)].initial_state(m, batch, capacity) for i in range(m.n_layers))
 
     def separate_layers(self, params: PyTree) -> PyTree:
-        """The parameters for decoding: those of each layer apart, weights of its products as they are multiplied.
+        """The parameters for decoding: those of each layer apart, weights of products as narrow as they are multiplied.
 
-        A slice of a stacked weight, or its conversion, would cost a copy at every token. Parameters that are so already
-        stay as they are.
+        A slice of a stacked weight, or its conversion, would cost a copy at every token. A tied head that is narrower
+        than the embedding is a weight of its own here. Parameters that are so already stay as they are.
         """
         if isinstance(params["layers"], tuple):
             return params
@@ -114,7 +115,9 @@ class LanguageModel(nn.Module):
             return v.astype(self.config.dtype) if path[-1].key == "kernel" else v
 
         layers = tuple(self._layer(params["layers"], i) for i in range(self.config.n_layers))
-        return dict(params, layers=jax.tree_util.tree_map_with_path(convert, layers))
+        params = dict(params, layers=jax.tree_util.tree_map_with_path(convert, layers))
+        head, operand = params.get("head", params["embedding"]), operand_dtype(jnp.dtype(self.config.dtype))
+        return params if operand.itemsize >= head.dtype.itemsize else params | {"head": head.astype(operand)}
 
     def _layers_in_turn(self, x: jax.Array, segment_ids: jax.Array | None, states: State) -> tuple[jax.Array, State]:
         layers, after = self.variables["params"]["layers"], []

@@ -81,6 +81,19 @@ def test_dtypes(dtype, state_dtype):
     assert jax.tree.map(lambda v: (v.shape, v.dtype), after) == jax.tree.map(lambda v: (v.shape, v.dtype), state)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_separate_layers_change_no_bit(x64, tie):
+    """Wide parameters, converted once or at every use; a tied head gets a copy of its own."""
+    model, params = _init(dataclasses.replace(TINY, param_dtype="float64", tie_embeddings=tie))
+    separate = model.separate_layers(params)
+    assert separate["head"].dtype == jnp.float32 and separate["embedding"].dtype == jnp.float64
+    assert model.separate_layers(separate) is separate
+    step = jax.jit(
+        lambda params: model.apply({"params": params}, TOKENS[:, 0], model.initial_state(2, 1), method="step")
+    )
+    jax.tree.map(np.testing.assert_array_equal, step(separate), step(params))
+
+
 def test_initialisation():
     config = dataclasses.replace(TINY, d_model=64, n_layers=8, d_intermediate=128, mimo_rank=4)
     _, params = _init(config)
