@@ -144,6 +144,7 @@ class TrainConfig:
     steps: int = 190_735  # the schedule's length
     stop_at: int | None = None  # end early at this step, the schedule unchanged
     seed: int = 0  # of the initialisation
+    init_from: str | None = None  # whatever m3jax.load takes: a new run starts from the parameters there
     grad_accumulation: int = 1  # microbatches per step
     loss_chunk: int = 1024  # tokens whose logits exist at one time
     ema_decay: float = 0.0  # 0 = no exponential moving average of the parameters

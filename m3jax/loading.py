@@ -44,7 +44,7 @@ def load(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype!r}; expected None or one of {', '.join(_DTYPES)}.")
-    path = _find(path)
+    path = find_checkpoint(path)
     overrides = {} if a_activation is None else {"model.a_activation": a_activation}
     if mamba_ssm.is_released_checkpoint(path):
         _check_no_run(path, step, ema)
@@ -74,7 +74,7 @@ def read_checkpoint(
       CheckpointError: as `load`.
       ConfigError: overrides that do not fit, or no tokenizer.
     """
-    path, overrides = _find(path), overrides or {}
+    path, overrides = find_checkpoint(path), overrides or {}
     if not mamba_ssm.is_released_checkpoint(path):
         return load_checkpoint(path, step, ema=ema, overrides=overrides)
     _check_no_run(path, step, ema)
@@ -92,7 +92,12 @@ def read_checkpoint(
     return Checkpoint(path, 0, config, _on_device(params, config.model.param_dtype), tokenizer)
 
 
-def _find(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
+    """Returns the directory that is meant: `path` itself, or that of a Hugging Face repository, downloaded.
+
+    Raises:
+      CheckpointError: there is none.
+    """
     if Path(path).exists():
         return Path(path)
     if hub.is_repository_name(str(path)):

@@ -30,6 +30,7 @@ class Tokenizer(Protocol):
       vocab_size: every token id is below it.
       bos_id: begins every document; None = the tokenizer has no such token.
       eos_id: ends every document; None = the tokenizer has no such token.
+      adds_bos: whether other programs that use it put bos in front of a text.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    adds_bos: bool
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the token ids of a text, int32 [n], without bos and eos."""
@@ -61,6 +63,7 @@ class ByteTokenizer:
     vocab_size = 258
     bos_id = 256
     eos_id = 257
+    adds_bos = True
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the bytes of the text, int32 [n]."""
@@ -106,6 +109,7 @@ class JsonTokenizer:
         # Where one token serves as both (GPT-2's <|endoftext|>) it also begins each document.
         bos_id = _first_present(_BOS_NAMES, vocabulary)
         self.bos_id = self.eos_id if bos_id is None else bos_id
+        self.adds_bos = self.bos_id is not None and self._tokenizer.encode("").ids[:1] == [self.bos_id]
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the token ids of a text, int32 [n]."""

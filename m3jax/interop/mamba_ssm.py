@@ -38,22 +38,45 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Config, d
         are missing, unexpected or of another shape (all of them are listed).
       ConfigError: overrides that do not fit.
     """
+    tensors = _open(path)
+    config = _read_config(path, tensors, overrides or {}, {})
+    return config, parameters(tensors, config.model)
+
+
+def read_config(path: Path, *, a_activation: str) -> Config:
+    """The config that `load` gives, without reading the tensors.
+
+    Args:
+      path: as there.
+      a_activation: of a config.json that does not say it.
+
+    Raises:
+      CheckpointError: as there.
+    """
+    return _read_config(path, _open(path), {}, {"a_activation": a_activation})
+
+
+def _open(path: Path) -> StoredTensors:
     if not has_tensors(path):
         raise CheckpointError(_pickled(path))
+    return StoredTensors(path)
+
+
+def _read_config(path: Path, tensors: StoredTensors, overrides: dict[str, Any], defaults: dict[str, Any]) -> Config:
+    """Reads config.json and checks that the tensors are those of its model; `defaults` are for what it does not say."""
     try:
         released = json.loads((path / _CONFIG).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path / _CONFIG}: {error}") from error
-    tensors = StoredTensors(path)
     dtypes = dict.fromkeys(("dtype", "param_dtype"), tensors.dtype)
-    config = build_config(override({"model": from_released(released) | dtypes}, overrides or {}))
+    config = build_config(override({"model": defaults | from_released(released) | dtypes}, overrides))
     found = tensors.shapes
     if config.model.tie_embeddings:  # PyTorch may save the head too: it is the embedding again
         found = {name: shape for name, shape in found.items() if name != HEAD}
     problems = tensors.problems + differences(found, released_shapes(config.model))
     if problems:
         raise CheckpointError(f"The tensors in {path} do not fit its config:\n  " + "\n  ".join(problems))
-    return config, parameters(tensors, config.model)
+    return config
 
 
 def tokenizer_file(path: Path) -> Path | None:

@@ -4,10 +4,10 @@ Two things differ from here. Linear weights are [out, in] there. And the rotated
 pairs (2i, 2i + 1) in SISO models and (i, i + n/2) in MIMO ones, where ours are (i, s + i): every axis that runs over
 those n coordinates is permuted (rows of the projection, both norm weights, both biases). Mamba-2's convolution is
 [channels, 1, taps] there, [taps, channels] here; the order of its channels (x, B, C) and of the projection's rows
-(z, x, B, C, dt) is the same.
+(z, x, B, C, dt) is the same; so is that of attention's (q, k, v; heads that share keys and values are neighbours).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,24 @@ class _Tensor:
     to_released: Callable[[np.ndarray], np.ndarray]
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """Layers whose parameters here are stacked, in their order."""
+
+    path: tuple[str, ...]
+    layers: range
+    tensors: dict[str, _Tensor]  # of each
+
+
 def released_shapes(config: ModelConfig) -> Names:
     """Every released tensor of such a model, with its shape."""
-    layer = _layer_tensors(config)
-    names = {f"{_layer_prefix(i)}{name}": tensor for i in range(config.n_layers) for name, tensor in layer.items()}
-    return {name: tensor.released_shape for name, tensor in (_outer_tensors(config) | names).items()}
+    outer = {name: tensor.released_shape for name, tensor in _outer_tensors(config).items()}
+    return outer | {
+        f"{_layer_prefix(i)}{name}": tensor.released_shape
+        for stack in _stacks(config)
+        for i in stack.layers
+        for name, tensor in stack.tensors.items()
+    }
 
 
 def differences(found: Mapping[str, Shape | None], expected: Names) -> list[str]:
@@ -59,17 +72,18 @@ def parameters(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[s
 
     Args:
       tensors: of the shapes in `released_shapes`; each is asked for once and dropped, so that they may be in files.
-      config: of one mixer; its param_dtype is that of the result.
+      config: of the model; its param_dtype is that of the result.
     """
     dtype = jax.numpy.dtype(config.param_dtype)
     tree: dict[str, Any] = {}
     for name, tensor in _outer_tensors(config).items():
         _insert(tree, tensor.path, tensor.to_ours(tensors[name]).astype(dtype, copy=False))
-    for name, tensor in _layer_tensors(config).items():
-        stacked = np.empty((config.n_layers, *tensor.shape), dtype)
-        for i in range(config.n_layers):
-            stacked[i] = tensor.to_ours(tensors[_layer_prefix(i) + name])
-        _insert(tree, ("layers", *tensor.path), stacked)
+    for stack in _stacks(config):
+        for name, tensor in stack.tensors.items():
+            stacked = np.empty((len(stack.layers), *tensor.shape), dtype)
+            for row, i in enumerate(stack.layers):
+                stacked[row] = tensor.to_ours(tensors[_layer_prefix(i) + name])
+            _insert(tree, (*stack.path, *tensor.path), stacked)
     return tree
 
 
@@ -79,14 +93,11 @@ def released_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str
     Raises:
       CheckpointError: lists every parameter that is missing, unexpected or of another shape.
     """
-    period = len(config.mixer_pattern)
-    layer, outer = _layer_tensors(config), _outer_tensors(config)
-    stacks = [("layers",)] if period == 1 else [("layers", str(k)) for k in range(period)]
+    outer = _outer_tensors(config)
     expected = {"/".join(tensor.path): tensor.shape for tensor in outer.values()}
-    for stack in stacks:
-        expected |= {
-            "/".join((*stack, *tensor.path)): (config.n_layers // period, *tensor.shape) for tensor in layer.values()
-        }
+    for stack in _stacks(config):
+        for tensor in stack.tensors.values():
+            expected["/".join((*stack.path, *tensor.path))] = (len(stack.layers), *tensor.shape)
     leaves = {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     problems = differences({name: leaf.shape for name, leaf in leaves.items()}, expected)
     if problems:
@@ -99,10 +110,11 @@ def released_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str
         )
 
     result = {name: lazy(tensor, tensor.path, ()) for name, tensor in outer.items()}
+    stacks = list(_stacks(config))
     for i in range(config.n_layers):
-        stack, index = stacks[i % period], i // period
-        for name, tensor in layer.items():
-            result[_layer_prefix(i) + name] = lazy(tensor, (*stack, *tensor.path), index)
+        stack, row = stacks[i % len(stacks)], i // len(stacks)
+        for name, tensor in stack.tensors.items():
+            result[_layer_prefix(i) + name] = lazy(tensor, (*stack.path, *tensor.path), row)
     return result
 
 
@@ -113,6 +125,14 @@ def rotary_order(config: ModelConfig) -> np.ndarray:
     real, imag = (first, first + n // 2) if config.mimo_rank > 1 else (2 * first, 2 * first + 1)
     rest = np.setdiff1d(np.arange(n), np.concatenate([real, imag]))
     return np.concatenate([real, imag, rest])
+
+
+def _stacks(config: ModelConfig) -> Iterator[_Stack]:
+    """One for each place in the pattern of mixers."""
+    pattern = config.mixer_pattern
+    for k, mixer in enumerate(pattern):
+        path = ("layers",) if len(pattern) == 1 else ("layers", str(k))
+        yield _Stack(path, range(k, config.n_layers, len(pattern)), _layer_tensors(config, mixer))
 
 
 def _layer_prefix(i: int) -> str:
@@ -133,10 +153,10 @@ def _outer_tensors(config: ModelConfig) -> dict[str, _Tensor]:
     return outer | {"backbone.norm_f.weight": _same("norm/scale", config.d_model)}
 
 
-def _layer_tensors(config: ModelConfig) -> dict[str, _Tensor]:
-    mixer = {"mamba2": _mamba2, "mamba3": _mamba3}[config.mixer_pattern[0]](config)
+def _layer_tensors(config: ModelConfig, mixer: str) -> dict[str, _Tensor]:
+    of_mixer = {"attention": _attention, "mamba2": _mamba2, "mamba3": _mamba3}[mixer](config)
     tensors = {"norm.weight": _same("mixer_norm/scale", config.d_model)}
-    tensors |= {f"mixer.{name}": tensor for name, tensor in mixer.items()}
+    tensors |= {f"mixer.{name}": tensor for name, tensor in of_mixer.items()}
     if config.d_intermediate:
         tensors["norm2.weight"] = _same("mlp_norm/scale", config.d_model)
         tensors["mlp.fc1.weight"] = _linear("mlp/fc1/kernel", 2 * config.d_mlp, config.d_model)
@@ -181,6 +201,15 @@ def _mamba2(config: ModelConfig) -> dict[str, _Tensor]:
         "norm.weight": _same("mixer/norm/scale", config.d_inner),
         "out_proj.weight": _linear("mixer/out_proj/kernel", config.d_model, config.d_inner),
     }  # fmt: skip
+
+
+def _attention(config: ModelConfig) -> dict[str, _Tensor]:
+    d = config.attention_headdim
+    rows = (config.attention_heads + 2 * config.n_kv_heads) * d
+    return {
+        "in_proj.weight": _linear("mixer/qkv_proj/kernel", rows, config.d_model),
+        "out_proj.weight": _linear("mixer/out_proj/kernel", config.d_model, config.attention_heads * d),
+    }
 
 
 def _projection(config: ModelConfig, order: np.ndarray) -> tuple[int, int, np.ndarray]:

@@ -134,7 +134,8 @@ class Checkpointer:
         run = _read_run(directory)
         if not run.data_states:
             raise CheckpointError(
-                f"{directory} was converted and has parameters only: no run continues from it. Use another --workdir."
+                f"{directory} was converted and has parameters only: no run continues from it. Use another --workdir, "
+                "and config.train.init_from to start from these parameters."
             )
         if len(run.data_states) != jax.process_count():
             raise CheckpointError(
@@ -282,6 +283,25 @@ def load_checkpoint(
     params = _load(directory, {item: abstract})[item]
     tokenizer = load_tokenizer(run.tokenizer["name"], run.tokenizer["json_text"])
     return Checkpoint(directory, run.step, config, params, tokenizer)
+
+
+def open_parameters(directory: Path) -> Run:
+    """Verifies the parameters of one checkpoint and reads what it knows besides arrays.
+
+    Raises:
+      CheckpointError: a file that is missing or changed, or a newer format.
+    """
+    manifest.verify(directory, (RUN_FILE, _METADATA, "params"))
+    return _read_run(directory)
+
+
+def read_parameters(directory: Path, abstract: PyTree) -> PyTree:
+    """Reads the parameters of one checkpoint into the dtypes and shardings of `abstract`.
+
+    Raises:
+      CheckpointError: they have other names or shapes.
+    """
+    return _load(directory, {"params": abstract})["params"]
 
 
 def save_parameters(workdir: Path, checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from m3jax.models.language_model import LanguageModel
 from m3jax.training.checkpoint import Checkpointer, Run
 from m3jax.training.evaluation import Evaluation, evaluate
 from m3jax.training.flops import device_peak_flops, flops_per_token
+from m3jax.training.initial import find_initial
 from m3jax.training.interrupt import StopRequest
 from m3jax.training.loss_curve import plot_loss_curve
 from m3jax.training.manifest import write_json
 from m3jax.training.metrics import FILE, MetricsWriter, check_writers
 from m3jax.training.progress import Progress, environment_lines, format_seconds, parameter_table
 from m3jax.training.sharding import make_mesh, shard_batch, state_shardings, with_shardings
-from m3jax.training.step import init_state, make_eval_step, make_train_step
+from m3jax.training.step import first_state, init_state, make_eval_step, make_train_step
 from m3jax.training.throughput import Throughput, peak_memory_bytes
 from m3jax.training.workdir import changed_keys, check_resumable, locked
 
@@ -104,6 +106,7 @@ class _Trainer:
         saved = None if self.start is None else self.checkpointer.read_run(self.start)
         self.changed = {} if saved is None else self._check_resumable(build_config(saved.config))
         self.tokenizer = self._open_tokenizer(saved)
+        self.initial = find_initial(config, self.tokenizer) if saved is None else None
         self.data = open_train(config, self.tokenizer, jax.process_index(), jax.process_count())
         self.validation = open_validation(config, self.tokenizer)
         if saved is not None:
@@ -277,7 +280,11 @@ class _Trainer:
     def _first_state(self) -> Any:
         if self.start is not None:
             return self.checkpointer.restore(self.start, self.abstract_state)
-        return jax.jit(lambda: init_state(self.config, self.model), out_shardings=self.shardings)()
+        if self.initial is None:
+            return jax.jit(lambda: init_state(self.config, self.model), out_shardings=self.shardings)()
+        params = self.initial.read(self.abstract_state.params)
+        begin = jax.jit(partial(first_state, self.config), out_shardings=self.shardings, donate_argnums=0)
+        return begin(params)
 
     def _check_resumable(self, stored: Config) -> dict[str, tuple[Any, Any]]:
         self.checkpointer.check_shapes(self.start, self.abstract_state.params)
@@ -317,6 +324,8 @@ class _Trainer:
         say(f"workdir   {self.workdir}")
         if self.start is not None:
             say(f"resumes from step {self.start}")
+        if self.initial is not None:
+            say(f"starts with the parameters of {self.initial.path}")
         for key, (old, new) in self.changed.items():
             say(f"  changed since: config.{key} = {new!r}, was {old!r}")
         say(f"trains to step {self.last_step} of {self.config.train.steps}; the first step compiles")

@@ -44,7 +44,11 @@ def init_params(config: Config, model: LanguageModel) -> PyTree:
 
 def init_state(config: Config, model: LanguageModel) -> TrainState:
     """Initialises everything a step changes. Pure, like `init_params`."""
-    params = init_params(config, model)
+    return first_state(config, init_params(config, model))
+
+
+def first_state(config: Config, params: PyTree) -> TrainState:
+    """Everything a step changes, before the first step with these parameters. Pure."""
     # Moments of at least float32, whatever type the parameters have.
     opt_state = make_optimizer(config.optimizer).init(jax.tree.map(_at_least_float32, params))
     ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay > 0 else None

@@ -11,7 +11,7 @@ from m3jax.config import Config, config_to_dict
 from m3jax.errors import CheckpointError, TrainingError
 
 # The keys of the model that decide how it is computed, not what it computes or which parameters it has.
-_FREE_MODEL_KEYS = ("dtype", "state_dtype", "chunk_size", "scan_implementation", "remat")
+FREE_MODEL_KEYS = ("dtype", "state_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers")
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def check_resumable(changed: dict[str, tuple[Any, Any]], checkpoint: Path) -> No
     for key, (old, new) in changed.items():
         group, name = key.split(".")
         average_switched = key == "train.ema_decay" and (old == 0) != (new == 0)
-        if average_switched or (group == "model" and name not in _FREE_MODEL_KEYS):
+        if average_switched or (group == "model" and name not in FREE_MODEL_KEYS):
             raise CheckpointError(
                 f"config.{key} = {new!r}: the run in {checkpoint.parent.parent} has {old!r}, which cannot change from "
                 f"its checkpoint {checkpoint.name} on. Set it back, or start a new run with another --workdir."

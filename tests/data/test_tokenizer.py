@@ -32,6 +32,23 @@ def test_bytes_layout():
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.json_text) == (258, 256, 257, None)
 
 
+def test_whether_the_tokenizer_itself_adds_bos(bpe_file):
+    assert load_tokenizer("bytes").adds_bos
+    assert not load_tokenizer(str(bpe_file)).adds_bos
+    values = json.loads(bpe_file.read_text())
+    bos = "<|begin_of_text|>"
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    bpe_file.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(str(bpe_file))
+    assert tokenizer.adds_bos
+    assert tokenizer.bos_id not in tokenizer.encode("the earth")
+
+
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_json_round_trip(bpe_file, as_folder):
     tokenizer = load_tokenizer(str(bpe_file.parent if as_folder else bpe_file))

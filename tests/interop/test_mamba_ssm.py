@@ -138,7 +138,12 @@ def test_stored_dtype(copy):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"ssm_cfg": {}}, "ssm_cfg.layer = 'Mamba1', expected Mamba2 or Mamba3"),
-    ({"attn_layer_idx": [1], "rms_norm": False}, r"attn_layer_idx = \[1\], expected \[\].*rms_norm = False"),
+    ({"attn_layer_idx": [1], "rms_norm": False}, r"attn_cfg.num_heads = None, expected how many.*rms_norm = False"),
+    ({"attn_layer_idx": [1, 2], "attn_cfg": {"num_heads": 4, "causal": True, "qkv_proj_bias": False, "d_conv": 4,
+                                             "rotary_emb_dim": 8}},
+     r"attn_layer_idx = \[1, 2\], expected layers in \[0, 2\); no attn_cfg.out_proj_bias, expected False; "
+     "attn_cfg.d_conv = 4, expected 0; attn_cfg.rotary_emb_dim = 8, expected 0 or the whole head, 16"),
+    ({"n_layer": "2"}, "n_layer = '2', expected an integer"),
     ({"ssm_cfg": {"layer": "Mamba2", "ngroups": 2, "rmsnorm": False}}, "ssm_cfg.ngroups = 2.*ssm_cfg.rmsnorm = False"),
 ])  # fmt: skip
 def test_other_models_are_refused(copy, changes, message):

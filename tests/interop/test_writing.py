@@ -45,6 +45,15 @@ def test_golden_models_are_written_as_they_were_read(name, tmp_path):
         {"d_intermediate": 0, "a_activation": "softplus", "dt_max": 0.2, "expand": 3, "headdim": 12},
         {"mixers": "mamba2", "d_conv": 3, "d_intermediate": 0, "pad_vocab_multiple": 16, "param_dtype": "bfloat16"},
         {"mixers": "mamba2", "tie_embeddings": False},
+        {"mixers": "mamba3,attention,mamba3", "rope_theta": 0.0, "outproj_norm": True, "param_dtype": "bfloat16"},
+        {
+            "mixers": "attention,mamba2",
+            "n_layers": 4,
+            "attention_heads": 4,
+            "attention_kv_heads": 2,
+            "attention_headdim": 6,
+            "rope_theta": 5e5,
+        },
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -103,7 +112,8 @@ def test_mixed_dtypes_are_kept_and_aligned(tmp_path):
         ({"bc_bias": False}, "bc_bias = False: the released code has only bc_bias = True"),
         ({"rope_fraction": 0.0}, "rope_fraction = 0.0: the released code has only 0.5 and 1"),
         ({"mixers": "mamba2", "ngroups": 2}, "ngroups = 2: the released code has only ngroups = 1 for mamba2"),
-        ({"mixers": "mamba3,mamba3,attention"}, "mixers = 'mamba3,mamba3,attention': .* all mamba2 or all mamba3"),
+        ({"mixers": "mamba3,mamba2,attention"}, "mixers = 'mamba3,mamba2,attention': .* all alike but for layers of"),
+        ({"mixers": "attention"}, "mixers = 'attention'"),
         ({"mixers": "gated_deltanet"}, "mixers = 'gated_deltanet'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Held-out numbers: their definition, and the command that measures a checkpoint."""
 
+import importlib.util
 import json
 import math
 
@@ -88,6 +89,28 @@ def test_command_on_other_data(workdir, tmp_path, capsys):
         ["--checkpoint", str(workdir), f"--config.data.validation_source={tmp_path}/other.txt", "--batches", "1"]
     )
     assert f"held-out data   {tmp_path}/other.txt" in capsys.readouterr().out
+
+
+def test_tasks_need_the_harness(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"is not installed\. Run pip install 'm3jax\[eval\]'"):
+        evaluate_command.main(["--checkpoint", "/nowhere", "--tasks", "hellaswag"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "a", "--batches", "3"], "--batches, --both-a-activations and --by-steps are for held-out data"),
+        (["--tasks", "a", "--limit", "0"], "--limit 0: expected at least 1"),
+        (["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1: expected at least 0"),
+        (["--tasks", "a", "--include-path", "/nowhere"], "--include-path /nowhere: no such folder"),
+        (["--no-add-bos"], r"--add-bos is for --tasks NAME \.\.\."),
+    ],
+)
+def test_options_of_tasks(monkeypatch, arguments, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=message):
+        evaluate_command.main(["--checkpoint", "/nowhere", *arguments])
 
 
 @pytest.mark.parametrize(
