@@ -21,9 +21,8 @@ def get_config() -> ConfigDict:
     config.grid.models = "mamba3_siso,mamba3_mimo,mamba3_standard_rope,mamba3_no_rope,mamba2,gdn,gdn_negative"
     config.grid.learning_rates = "5e-4,1e-3,2e-3"
     config.optimizer.schedule = "cosine"  # what is learned at short lengths is lost at long ones at a high rate
-    config.train.stages = (
-        "4:300,6:300,8:400,12:400,16:400,24:300,32:300,48:300,64:300,128:600,256:600,512:600,1024:600,2048:600,4096:1000"
-    )
+    short = "4:300,6:300,8:400,12:400,16:400,24:300,32:300,48:300,64:300"
+    config.train.stages = short + ",128:600,256:600,512:600,1024:600,2048:600,4096:1000"
     config.train.array_lengths = "16,64,256,1024,4096"
     config.train.batch_size = 64
     config.train.block_steps = 100

@@ -8,8 +8,8 @@ rate stays at its peak for most of the steps at 40, and falls over the last 30 %
 
 python experiments/state_tracking/sweep.py --config parity_quick
 
-Two CPU cores, 2026-11-26, five seeds (docs/measurements/parity_quick.json): Mamba-3 100 % right at 40 and 256 with each,
-at 512 with three (median 100 %); without rotation 48 to 51 % everywhere. 3:44 with compilation. With
+Two CPU cores, 2026-11-26, five seeds (docs/measurements/parity_quick.json): Mamba-3 100 % right at 40 and 256 with
+each, at 512 with three (median 100 %); without rotation 48 to 51 % everywhere. 3:44 with compilation. With
 --models mamba3_siso --config.grid.seeds=10 all ten are 100 % right at 256.
 """
 
