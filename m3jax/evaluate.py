@@ -93,7 +93,7 @@ def _parser() -> Parser:
         help="token by token, as generation runs; with --config.model.state_dtype=bfloat16: what a narrow state costs",
     )
     add("--json", metavar="FILE", help="write the numbers there too")
-    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install 'm3jax[eval]')")
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install -e '.[eval]')")
     add = tasks.add_argument
     add("--tasks", nargs="+", metavar="NAME", help="measure on these tasks, groups or tags instead")
     add("--include-path", metavar="DIR", help="a folder with tasks of your own, as YAML files")
@@ -109,7 +109,7 @@ def _parser() -> Parser:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--tasks: lm-evaluation-harness is not installed. Run pip install 'm3jax[eval]'.")
+        raise ConfigError("--tasks: lm-evaluation-harness is not installed. Run pip install -e '.[eval]'.")
     if arguments.tasks and (arguments.batches or arguments.both_a_activations or arguments.by_steps):
         raise ConfigError(
             "--batches, --both-a-activations and --by-steps are for held-out data: leave them out, or --tasks."

@@ -22,7 +22,7 @@ def check_writers(config: Config) -> None:
     if config.train.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"config.train.wandb_project = {config.train.wandb_project!r}: wandb is not installed. "
-            "Run pip install 'm3jax[wandb]', or set it to None."
+            "Run pip install -e '.[wandb]', or set it to None."
         )
 
 
