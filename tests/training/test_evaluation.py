@@ -93,7 +93,7 @@ def test_command_on_other_data(workdir, tmp_path, capsys):
 
 def test_tasks_need_the_harness(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"is not installed\. Run pip install 'm3jax\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"is not installed\. Run pip install -e '\.\[eval\]'"):
         evaluate_command.main(["--checkpoint", "/nowhere", "--tasks", "hellaswag"])
 
 

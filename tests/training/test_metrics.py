@@ -80,7 +80,7 @@ def test_wandb_gets_the_same_numbers_under_one_id(small_config, tmp_path, monkey
 
 def test_wandb_that_is_not_installed_is_named_with_its_extra(small_config, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"wandb_project = 'scans': wandb is not installed.*'m3jax\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"wandb_project = 'scans': wandb is not installed.*'\.\[wandb\]'"):
         check_writers(small_config({"train.wandb_project": "scans"}))
     check_writers(small_config())
 
