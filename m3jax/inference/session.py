@@ -25,13 +25,8 @@ from m3jax.inference.sampling import SamplingParams
 _LONGEST_PIECE = 512  # tokens that are read at one time; shorter pieces are powers of two
 _MOST = 256
 _FORMAT = "m3jax session 1"
-_WITHOUT_INFLUENCE = (
-    "param_dtype",
-    "chunk_size",
-    "scan_implementation",
-    "remat",
-    "scan_layers",
-)  # on what a state means
+# Keys of the model that decide how it is computed, not what a state says.
+_WITHOUT_INFLUENCE = ("param_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers")
 
 
 class Session:
