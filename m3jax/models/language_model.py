@@ -14,6 +14,7 @@ from m3jax.config import ModelConfig
 from m3jax.kernels import SCAN_RESIDUALS
 from m3jax.kernels.products import operand_dtype
 from m3jax.models.block import Block, Period
+from m3jax.models.linear import enough_rows
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.norm import RMSNorm
 
@@ -93,9 +94,12 @@ class LanguageModel(nn.Module):
         """hidden [..., d_model] → [..., V], float32 or better."""
         accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
         operand = operand_dtype(hidden.dtype)
-        return jnp.einsum(
-            "...d,vd->...v", hidden.astype(operand), self.head.astype(operand), preferred_element_type=accumulator
-        )
+        head = self.head.astype(operand)
+
+        def product(x: jax.Array) -> jax.Array:
+            return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=accumulator)
+
+        return enough_rows(product, hidden.astype(operand))
 
     def initial_state(self, batch: int, capacity: int) -> State:
         """The state of all layers before the first token of `batch` sequences of at most `capacity` tokens each."""
