@@ -180,19 +180,19 @@ def microseconds(function: Callable, carry, steps: int, calls: int = 15) -> dict
     return {"us": float(median), "low": float(low), "high": float(high)}
 
 
-def time_step(step: Callable, token: Sequence, weights: Weights, state: Mamba3State, layers: int) -> dict[str, float]:
-    """A step's time in a loop over `layers` states in turn, of ROUNDS rounds."""
+def time_step(step: Callable, inputs: tuple, y: jax.Array, state, layers: int) -> dict[str, float]:
+    """A step's time in a loop over `layers` states in turn, of ROUNDS rounds; step(*inputs, state) → (as y, state)."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def loop(carry, token, weights):
+    def loop(carry, *inputs):
         def body(_, carry):
             # y is carried, so that XLA computes it; nothing reads the old one, so that it costs no copy.
-            return [step(token, weights, state) for _, state in carry]
+            return [step(*inputs, state) for _, state in carry]
 
         return jax.lax.fori_loop(0, ROUNDS, body, carry)
 
-    carry = [(token.x + 0, jax.tree.map(lambda v: v + 0, state)) for _ in range(layers)]
-    return microseconds(lambda carry: loop(carry, token, weights), carry, ROUNDS * layers)
+    carry = [(y + 0, jax.tree.map(lambda v: v + 0, state)) for _ in range(layers)]
+    return microseconds(lambda carry: loop(carry, *inputs), carry, ROUNDS * layers)
 
 
 @triton.jit
@@ -231,7 +231,8 @@ def time_row(names: list[str], inputs: tuple[Sequence, Weights, Mamba3State], la
     row = {name: time_copy(copy, nbytes, layers) for name, copy in copies.items()}
     for name in names:
         if name != "xla" or layers <= 8:  # more would compile for minutes
-            row[name] = time_step(IMPLEMENTATIONS[name], *inputs, layers)
+            token, weights, state = inputs
+            row[name] = time_step(IMPLEMENTATIONS[name], (token, weights), token.x, state, layers)
     for times in row.values():
         times["ratio"] = times["us"] / row["copy"]["us"]
     return row | {"bytes": nbytes}

@@ -1,5 +1,6 @@
-"""The arguments of the gated delta rule, and their check."""
+"""The arguments of the gated delta rule, their check, and keys of length 1."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,3 +32,19 @@ def check_inputs(seq: Sequence, state: jax.Array | None, segment_ids: jax.Array 
         raise ValueError(f"the state has shape {state.shape}; expected [b, h, p, n] = {(lead[0], lead[-1], p, n)}.")
     if segment_ids is not None and segment_ids.shape != lead[:2]:
         raise ValueError(f"segment_ids has shape {segment_ids.shape}; expected [b, l] = {lead[:2]}.")
+
+
+def of_unit_length(seq: Sequence, eps: float | None, wide: bool = False) -> Sequence:
+    """q and k divided by their lengths, √(|.|² + eps), and q by √n; as they are if eps is None.
+
+    Computed in float32 or better, and left in it if `wide`.
+    """
+    if eps is None:
+        return seq
+    q, k = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) if wide else t for t in (seq.q, seq.k))
+    return seq._replace(q=_unit(q, eps) / math.sqrt(q.shape[-1]), k=_unit(k, eps))
+
+
+def _unit(v: jax.Array, eps: float) -> jax.Array:
+    wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + eps)).astype(v.dtype)

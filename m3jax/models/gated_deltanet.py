@@ -1,6 +1,5 @@
 """The Gated DeltaNet mixer (arXiv 2412.06464): short convolutions, keys of length 1, gated delta rule, gated norm."""
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,7 +14,7 @@ from m3jax.models.norm import RMSNorm
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.step_size import dt_bias_init, log_decay_rate_init
 
-_LEAST_SQUARE = 1e-6  # added to a key's squared length before it is divided by its root
+_LEAST_SQUARE = 1e-6  # added to the squared length of a query or key before it is divided by its root
 
 
 class GatedDeltaState(NamedTuple):
@@ -48,19 +47,20 @@ class GatedDeltaNet(nn.Module):
         a_log = self.param("a_log", log_decay_rate_init(1.0, 16.0), (heads,), m.param_dtype)
         dt_bias, a_log = (w.astype(accumulator).reshape((1,) * len(lead) + (heads,)) for w in (dt_bias, a_log))
         seq = {
-            "q": _unit(q) / math.sqrt(n),
-            "k": _unit(k),
+            "q": q,
+            "k": k,
             "v": v,
             "log_decay": -jnp.exp(a_log) * jax.nn.softplus(dt.astype(accumulator) + dt_bias),
             "beta": jax.nn.sigmoid(beta.astype(accumulator)) * (2 if m.gdn_negative_eigenvalues else 1),
         }
         memory = None if state is None else state.memory
+        # The kernels for GPUs are Triton's, as for a step of Mamba-3.
+        implementation = "triton" if m.scan_implementation == "mosaic" else m.scan_implementation
+        options = {"implementation": implementation, "unit_eps": _LEAST_SQUARE}
         if u.ndim == 2:
-            o, memory = gated_delta_step(**seq, state=memory)
+            o, memory = gated_delta_step(**seq, state=memory, **options)
         else:
-            # There is one kernel for GPUs, Triton's, as for a step of Mamba-3.
-            implementation = "triton" if m.scan_implementation == "mosaic" else m.scan_implementation
-            options = {"implementation": implementation, "chunk_size": m.chunk_size}
+            options |= {"chunk_size": m.chunk_size}
 
             def scan(rows: dict, _: None) -> jax.Array | tuple[jax.Array, jax.Array]:
                 return gated_delta_scan(**rows, **options, return_state=state is not None)
@@ -78,9 +78,3 @@ def initial_state(config: ModelConfig, batch: int, capacity: int) -> GatedDeltaS
     heads, n, p = config.gdn_heads, config.gdn_headdim, config.gdn_headdim * config.gdn_expand_v
     conv = short_conv.initial_state(config, batch, heads * (2 * n + p))
     return GatedDeltaState(conv, jnp.zeros((batch, heads, p, n), config.state_dtype))
-
-
-def _unit(v: jax.Array) -> jax.Array:
-    """Of length 1 over the last axis, found in float32 or better."""
-    wide = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-    return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + _LEAST_SQUARE)).astype(v.dtype)

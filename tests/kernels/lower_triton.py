@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from jax_triton import triton_lib
 
-from m3jax.kernels import gated_delta_scan, gpu, mamba3_scan, mamba3_step
+from m3jax.kernels import gated_delta_scan, gated_delta_step, gpu, mamba3_scan, mamba3_step
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.triton_launch import launch
 from tests.kernels.cases import Case, make, make_state, segments
@@ -82,6 +82,19 @@ def lower_gated_delta(dtype: str) -> None:
     lower(both, q, k, v, log_decay, beta)
 
 
+def lower_gated_delta_step(dtype: str) -> None:
+    """One token at the widths of the configs, the state in `dtype` too and in place; alone and under vmap."""
+    lead, n, p = (3, 2), 128, 256
+    q, k, v = (jnp.zeros((*lead, width), dtype) for width in (n, n, p))
+    args = q, k, v, *jnp.zeros((2, *lead)), jnp.zeros((*lead, p, n), dtype)
+
+    def step(*args):
+        return gated_delta_step(*args, unit_eps=1e-6, implementation="triton")
+
+    for text in (lower(step, *args), lower(jax.vmap(step), *(jnp.stack([v] * 3) for v in args))):
+        assert text.count("custom_call @triton_kernel_call_ffi") == 1 and "output_operand_alias" in text
+
+
 @triton.jit
 def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
@@ -125,6 +138,8 @@ def main() -> None:
     for case in (SISO, MIMO):
         for dtype in ("float32", "bfloat16"):
             lower_step(case, dtype)
+    for dtype in ("float32", "bfloat16"):
+        lower_gated_delta_step(dtype)
     lower_gated_delta("float32" if capability == 80 else "bfloat16")  # the most memory where there is the least
     lower_aliases()
     print(json.dumps(taken))

@@ -1,5 +1,7 @@
 """The gated delta rule: chunks against tokens, tokens against a loop in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,17 +33,24 @@ def make_state(dtype: str = "float64") -> np.ndarray:
     return np.random.default_rng(7).normal(size=(B, H, P, N)).astype(dtype)
 
 
-def naive(args: dict, state: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def naive_step(token: dict[str, np.ndarray], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """S ← e^g S (I - β k kᵀ) + β v kᵀ, as written."""
-    o, state = np.zeros((B, L, H, P)), state.copy()
-    for b, h in np.ndindex(B, H):
-        for t in range(L):
-            q, k, v, g, beta = (args[name][b, t, h] for name in ("q", "k", "v", "log_decay", "beta"))
-            if t and documents[b, t] != documents[b, t - 1]:
-                state[b, h] = 0
-            turned = state[b, h] @ (np.eye(N) - beta * np.outer(k, k))
-            state[b, h] = np.exp(g) * turned + beta * np.outer(v, k)
-            o[b, t, h] = state[b, h] @ q
+    o, state = np.zeros(token["v"].shape), state.copy()
+    for b, h in np.ndindex(state.shape[:2]):
+        q, k, v, g, beta = (token[name][b, h] for name in ("q", "k", "v", "log_decay", "beta"))
+        turned = state[b, h] @ (np.eye(k.size) - beta * np.outer(k, k))
+        state[b, h] = np.exp(g) * turned + beta * np.outer(v, k)
+        o[b, h] = state[b, h] @ q
+    return o, state
+
+
+def naive(args: dict, state: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`naive_step` of every token, from S = 0 where a document begins."""
+    o = np.zeros((B, L, H, P))
+    for t in range(L):
+        if t:
+            state = np.where((documents[:, t] == documents[:, t - 1])[:, None, None, None], state, 0)
+        o[:, t], state = naive_step({name: v[:, t] for name, v in args.items()}, state)
     return o, state
 
 
@@ -90,14 +99,37 @@ def test_float32_with_keys_that_are_nearly_one():
     tolerances.assert_close(actual, expected, tolerances.rounding("float32", N), "o")
 
 
-def test_steps_equal_the_scan():
+@pytest.mark.parametrize("unit_eps", [None, 0.5])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_steps_equal_the_scan(implementation, unit_eps):
     args, state = make(4, "float32"), make_state("float32")
-    expected, final = gated_delta_scan(**args, initial_state=state, return_state=True)
-    step = jax.jit(gated_delta_step)
+    options = {"unit_eps": unit_eps, "implementation": implementation}
+    expected, final = gated_delta_scan(**args, initial_state=state, return_state=True, unit_eps=unit_eps)
+    step = jax.jit(functools.partial(gated_delta_step, **options))
     for t in range(L):
         o, state = step(**{name: v[:, t] for name, v in args.items()}, state=state)
         tolerances.assert_close(o, expected[:, t], tolerances.rounding("float32", L * N), f"token {t}")
     tolerances.assert_close(state, final, tolerances.rounding("float32", L * N), "S")
+
+
+def test_keys_of_length_1(x64):
+    args = make(6)
+    plain = args | {"q": args["q"] / np.sqrt(np.square(args["q"]).sum(-1, keepdims=True) + 0.5) / np.sqrt(N)}
+    plain["k"] = args["k"] / np.sqrt(1.5)
+    actual = gated_delta_scan(**args, unit_eps=0.5)
+    tolerances.assert_close(actual, gated_delta_scan(**plain), tolerances.rounding("float64", L * N), "o")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_step_rounds_no_keys_of_length_1(implementation):
+    token, state = {name: v[:, 0] for name, v in make(7, "float32").items()}, make_state("float32")
+    token |= {name: jnp.asarray(token[name], "bfloat16") for name in "qk"}
+    actual = gated_delta_step(**token, state=state, unit_eps=0.5, implementation=implementation)
+    with jax.enable_x64(True):
+        wide = {name: np.asarray(v, "float64") for name, v in token.items()}
+        expected = gated_delta_step(**wide, state=state.astype("float64"), unit_eps=0.5)
+    for name, value, exact in zip(("o", "S"), actual, expected, strict=True):
+        tolerances.assert_close(value, exact, tolerances.rounding("float32", N), name)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -111,6 +143,12 @@ def test_steps_equal_the_scan():
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         gated_delta_scan(**make() | change)
+
+
+def test_a_step_names_what_it_cannot_run():
+    token = {name: v[:, 0] for name, v in make().items()}
+    with pytest.raises(ValueError, match="implementation = 'mosaic'; expected None or one of reference, triton, xla"):
+        gated_delta_step(**token, state=make_state(), implementation="mosaic")
 
 
 def test_integers_are_refused():
