@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from m3jax.inference.cache import put_rows, take_row
 from m3jax.inference.listener import tell
-from m3jax.inference.sampling import SamplingParams, log_probability, penalise, sample
+from m3jax.inference.sampling import SamplingParams, sample
 
 PyTree = Any
 
@@ -149,11 +149,9 @@ def draw(model: nn.Module, logits: jax.Array, rows: Rows) -> tuple[Rows, Drawn]:
     sampling = sampling._replace(
         top_k=jnp.where(running, sampling.top_k, 0), top_p=jnp.where(running, sampling.top_p, 1)
     )
-    token = sample(penalise(logits, rows.seen, sampling.repetition_penalty), keys, sampling)
+    token, logprob = sample(logits, rows.seen, keys, sampling)
     stops = jnp.any(token[:, None] == rows.drawing.stop_tokens, axis=-1)
-    drawn = Drawn(
-        jnp.where(running, token, NO_TOKEN), jnp.where(running, log_probability(logits, token), 0).astype(jnp.float32)
-    )
+    drawn = Drawn(jnp.where(running, token, NO_TOKEN), jnp.where(running, logprob, 0).astype(jnp.float32))
     left = jnp.where(stops, 0, jnp.maximum(rows.left - 1, 0))
     seen = rows.seen.at[jnp.arange(token.shape[0]), token].set(True)
     return rows._replace(token=token, length=rows.length + 1, left=left, seen=seen), drawn

@@ -64,45 +64,79 @@ def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
-def sample(logits: jax.Array, keys: jax.Array, params: SamplingParams) -> jax.Array:
+def sample(logits: jax.Array, seen: jax.Array, keys: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row.
 
-    The filters act in the order of Hugging Face transformers. The logits are divided by the temperature; top-k keeps
-    the k most probable tokens; of these, top-p keeps the fewest most probable whose probabilities, renormalised after
-    top-k, reach p; min-p drops those less probable than min_p times the best. Between equal logits the smaller id
-    counts as the more probable. The best token always stays.
+    Penalty and filters act in the order of Hugging Face transformers. Tokens that the sequence has are penalised; the
+    logits are divided by the temperature; top-k keeps the k most probable tokens; of these, top-p keeps the fewest most
+    probable whose probabilities, renormalised after top-k, reach p; min-p drops those less probable than min_p times
+    the best. Between equal logits the smaller id counts as the more probable. The best token always stays.
 
-    A row's token depends on that row's logits, key and parameters alone, not on the rest of the batch.
+    A row's token depends on that row's logits, seen tokens, key and parameters alone, not on the rest of the batch.
 
     Args:
       logits: [b, V] float32, of every token that may be drawn.
+      seen: [b, V] bool, the tokens that each sequence has.
       keys: [b] random keys.
       params: the sampling parameters of each row.
 
     Returns:
-      [b] int32 token ids.
+      [b] int32 token ids, and their log-probabilities by the softmax of the logits as they came, [b].
     """
-    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-    logits = logits / jnp.maximum(params.temperature, _SMALLEST_TEMPERATURE)[:, None]
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    # The batch's logits are large. They are read twice, for the best and for the token, and nothing of their size is
+    # written: what the branches below need is computed again in there.
+    best, log_total = _best_and_log_total(logits, seen, params)
     # The sort is what costs time.
     last_logit, last_id = jax.lax.cond(
-        jnp.any((params.top_k > 0) | (params.top_p < 1)), _last_kept, _keep_all, logits, ids, params
+        jnp.any((params.top_k > 0) | (params.top_p < 1)), _last_kept, _keep_all, logits, seen, best, params
     )
-    keep = (logits > last_logit) | ((logits == last_logit) & (ids <= last_id))
-    keep &= logits >= jnp.log(params.min_p)[:, None]  # the best has logit 0
+    penalised, ids = penalise(logits, seen, params.repetition_penalty), _ids(logits)
+    keep = (penalised > last_logit) | ((penalised == last_logit) & (ids <= last_id))
+    scaled = _scale(penalised, best, params)
+    keep &= scaled >= jnp.log(params.min_p)[:, None]  # the best has 0
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
     noise = jnp.where((params.temperature > 0)[:, None], noise, 0)
-    return jnp.argmax(jnp.where(keep, logits + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+    tokens = jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+    return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - log_total
 
 
-def _last_kept(logits: jax.Array, ids: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
-    """Returns the logit and the id, each [b, 1], of the least probable token that top-k and then top-p keep."""
-    vocab_size = logits.shape[-1]
-    descending, order = jax.lax.sort((-logits, ids), num_keys=1, is_stable=True)
-    top_k = jnp.where(params.top_k > 0, params.top_k, vocab_size)[:, None]
-    in_top_k = ids < top_k  # here `ids` counts ranks
-    probabilities = jax.nn.softmax(jnp.where(in_top_k, -descending, -jnp.inf), axis=-1)
+def _best_and_log_total(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
+    """The largest penalised logit and the logarithm of the sum of the logits' exponentials, [b] each, in one pass."""
+    penalised = penalise(logits, seen, params.repetition_penalty)
+
+    def join(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest = jnp.maximum(one[1], other[1])
+        base = jnp.where(jnp.isfinite(largest), largest, 0)  # of nothing yet, or of logits that are all -inf
+        total = one[2] * jnp.exp(one[1] - base) + other[2] * jnp.exp(other[1] - base)
+        return jnp.maximum(one[0], other[0]), largest, total
+
+    lowest, none = (jnp.array(v, logits.dtype) for v in (-jnp.inf, 0))
+    best, largest, total = jax.lax.reduce(
+        (penalised, logits, jnp.ones_like(logits)), (lowest, lowest, none), join, dimensions=(1,)
+    )
+    return best, jnp.where(jnp.isfinite(largest), largest, 0) + jnp.log(total)
+
+
+def _scale(penalised: jax.Array, best: jax.Array, params: SamplingParams) -> jax.Array:
+    """Penalised logits, [b, V], over the temperature, the best of them 0."""
+    return (penalised - best[:, None]) / jnp.maximum(params.temperature, _SMALLEST_TEMPERATURE)[:, None]
+
+
+def _ids(logits: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+
+
+def _last_kept(
+    logits: jax.Array, seen: jax.Array, best: jax.Array, params: SamplingParams
+) -> tuple[jax.Array, jax.Array]:
+    """The penalised logit and the id, each [b, 1], of the least probable token that top-k and then top-p keep."""
+    ids = _ids(logits)  # and ranks
+    descending, order = jax.lax.sort(
+        (-penalise(logits, seen, params.repetition_penalty), ids), num_keys=1, is_stable=True
+    )
+    top_k = jnp.where(params.top_k > 0, params.top_k, logits.shape[-1])[:, None]
+    in_top_k = ids < top_k
+    probabilities = jax.nn.softmax(jnp.where(in_top_k, _scale(-descending, best, params), -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # Rounding can bring the sum to 1 before the last token, so 1 is no bound but the absence of one.
     in_top_p = (before < params.top_p[:, None]) | (params.top_p >= 1)[:, None]
@@ -110,8 +144,10 @@ def _last_kept(logits: jax.Array, ids: jax.Array, params: SamplingParams) -> tup
     return -jnp.take_along_axis(descending, last, axis=-1), jnp.take_along_axis(order, last, axis=-1)
 
 
-def _keep_all(logits: jax.Array, ids: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
-    return jnp.full_like(logits[:, :1], -jnp.inf), jnp.full_like(ids[:, :1], logits.shape[-1])
+def _keep_all(
+    logits: jax.Array, seen: jax.Array, best: jax.Array, params: SamplingParams
+) -> tuple[jax.Array, jax.Array]:
+    return jnp.full_like(logits[:, :1], -jnp.inf), jnp.full_like(_ids(logits)[:, :1], logits.shape[-1])
 
 
 def _per_row(name: str, value: ArrayLike, batch: int, dtype: type, is_valid: object, expected: str) -> np.ndarray:

@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from m3jax.errors import ConfigError
-from m3jax.inference.sampling import SamplingParams, sample
+from m3jax.inference.sampling import SamplingParams, log_probability, penalise, sample
+from tests import tolerances
 
 VOCAB = 11
 N_DRAWS = 2000
-_draw = jax.jit(sample)
+
+
+@jax.jit
+def _draw(logits, keys, params):
+    """Tokens of rows that have none yet."""
+    return sample(logits, jnp.zeros(logits.shape, bool), keys, params)[0]
 
 
 def kept_by_numpy(logits, temperature, top_k, top_p, min_p):
@@ -118,9 +124,24 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert _draw(logits[i : i + 1], keys[i : i + 1], alone)[0] == together[i]
 
 
+@pytest.mark.parametrize("filters", [{}, dict(top_k=4, top_p=0.9, min_p=0.01)], ids=["all", "filtered"])
+def test_seen_tokens_are_penalised_in_the_draw_and_not_in_its_probability(filters):
+    rng, rows = np.random.default_rng(0), 200
+    logits = rng.normal(size=(rows, VOCAB)).astype(np.float32) * 3
+    logits[:, 4], logits[0] = -np.inf, [1e30, *[-1e30] * (VOCAB - 1)]
+    seen = rng.random((rows, VOCAB)) < 0.5
+    keys = jax.random.split(jax.random.key(0), rows)
+    params = SamplingParams.for_batch(rows, repetition_penalty=rng.uniform(0.5, 3, rows), temperature=0.8, **filters)
+    tokens, logprobs = jax.jit(sample)(logits, seen, keys, params)
+    plain = params._replace(repetition_penalty=np.ones(rows, np.float32))
+    np.testing.assert_array_equal(tokens, _draw(penalise(logits, seen, params.repetition_penalty), keys, plain))
+    expected = log_probability(jnp.asarray(logits, jnp.float32), tokens)
+    tolerances.assert_close(logprobs, expected, tolerances.rounding("float32", VOCAB), "log-probabilities")
+
+
 def test_other_parameters_compile_nothing():
     logits, keys = np.zeros((3, 5), np.float32), jax.random.split(jax.random.key(0), 3)
-    draw = jax.jit(lambda *args: sample(*args))  # a cache of its own
+    draw = jax.jit(lambda logits, *args: sample(logits, logits > 0, *args))  # a cache of its own
     for params in (dict(), dict(temperature=0), dict(top_k=2, top_p=0.5, min_p=0.1), dict(top_k=np.array([1, 0, 9]))):
         draw(logits, keys, SamplingParams.for_batch(3, **params))
     assert draw._cache_size() == 1
