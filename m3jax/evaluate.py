@@ -16,9 +16,9 @@ from m3jax.cli import Parser, run_main
 from m3jax.data import HeldOut, open_validation
 from m3jax.errors import ConfigError
 from m3jax.inference.stepwise import make_stepwise_eval
+from m3jax.kernels.mamba3.coefficients import A_ACTIVATIONS
 from m3jax.loading import read_checkpoint
 from m3jax.models.language_model import LanguageModel
-from m3jax.models.mamba3 import A_ACTIVATIONS
 from m3jax.training.checkpoint import Checkpoint
 from m3jax.training.evaluation import Evaluation, evaluate
 from m3jax.training.sharding import make_mesh

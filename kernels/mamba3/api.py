@@ -7,6 +7,7 @@ import jax
 
 from ..gpu import no_triton_here, partitioned
 from . import reference, xla
+from .coefficients import ProjectionWeights, Rule, from_projection
 from .inputs import Sequence, Weights, check_inputs
 from .state import Mamba3State
 
@@ -159,20 +160,88 @@ def mamba3_step(
     token = Sequence(x, dt, a, b, c, lam, omega, z)
     weights = Weights(b_bias, c_bias, mimo_x, mimo_z, mimo_o, d, norm_weight)
     check_inputs(token, weights, state, None, has_length=False)
-    why_not_triton = _why_not_triton_step(token, state)
+    run = triton_step.step if _step_in_triton(token, state, implementation) else reference.step
+    y, new_state = run(token, weights, state, norm_eps)
+    return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
+
+
+def mamba3_projected_step(
+    projected: jax.Array,
+    state: Mamba3State,
+    *,
+    dt_bias: jax.Array,
+    b_norm: jax.Array,
+    c_norm: jax.Array,
+    a_activation: str = "heavy_tail",
+    a_floor: float = 1e-4,
+    fixed_lambda: float | None = None,
+    b_bias: jax.Array | None = None,
+    c_bias: jax.Array | None = None,
+    mimo_x: jax.Array | None = None,
+    mimo_z: jax.Array | None = None,
+    mimo_o: jax.Array | None = None,
+    d: jax.Array | None = None,
+    norm_weight: jax.Array | None = None,
+    norm_eps: float = 1e-5,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Mamba3State]:
+    """`mamba3_step` of the `mamba3_coefficients` of one token; "triton" is one kernel, as decoding wants it.
+
+    Args:
+      projected: z and x [h·p], B and C [r·g·n], raw Δ, A and λ [h each; no λ if it is fixed] and raw angular rates [s]
+        side by side, [b, width]; the sizes are those of the state, g follows from the width.
+      state: state before the token, its x in the dtype of `projected`.
+      dt_bias: as in `mamba3_coefficients`, like the next five.
+      b_norm: weight of B's norm, [n].
+      c_norm: weight of C's norm, [n].
+      a_activation: "heavy_tail" or "softplus".
+      a_floor: least decay rate.
+      fixed_lambda: the trapezoid weight of all tokens; None = the projection has it.
+      b_bias: as in `mamba3_scan`, like those below.
+      c_bias: added to C per head, [h, r, n].
+      mimo_x: input weight per rank, [h, r, p].
+      mimo_z: gate weight per rank, [h, r, p].
+      mimo_o: output weight per rank, [h, r, p].
+      d: skip weight, [h].
+      norm_weight: weight of the norm before the gate, [h, p].
+      norm_eps: epsilon of all norms.
+      implementation: as in `mamba3_step`.
+
+    Returns:
+      y [b, h, p] in the dtype of `projected`, and the next state. `state.ssm` keeps the dtype it came in.
+
+    Raises:
+      ValueError: as `mamba3_step`, and for an unknown activation.
+      TypeError: an argument that is not floating point.
+    """
+    own, rule = ProjectionWeights(dt_bias, b_norm, c_norm), Rule(a_activation, a_floor, fixed_lambda)
+    weights = Weights(b_bias, c_bias, mimo_x, mimo_z, mimo_o, d, norm_weight)
+
+    def coefficients(projected: jax.Array, own: ProjectionWeights, state: Mamba3State) -> Sequence:
+        return from_projection(projected, own, rule, state, norm_eps)
+
+    token = jax.eval_shape(coefficients, projected, own, state)
+    check_inputs(token, weights, state, None, has_length=False)
+    if _step_in_triton(token, state, implementation):
+        return triton_step.projected_step(projected, own, rule, weights, state, norm_eps)
+    y, new_state = reference.step(coefficients(projected, own, state), weights, state, norm_eps)
+    return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
+
+
+def _step_in_triton(token: Sequence, state: Mamba3State, implementation: str | None) -> bool:
+    """Whether the step is the kernel, else the reference; of `token` only shapes and dtypes matter."""
+    why_not = _why_not_triton_step(token, state)
     if implementation is None:
-        implementation = "reference" if why_not_triton or partitioned() else "triton"
+        implementation = "reference" if why_not or partitioned() else "triton"
         _log_choice("step", implementation, jax.default_backend())
     match implementation:
         case "reference" | "xla":
-            run = reference.step
+            return False
         case "triton" | "mosaic":  # A step's kernel is Triton's on every GPU.
-            _require(implementation, why_not_triton)
-            run = triton_step.step
+            _require(implementation, why_not)
+            return True
         case _:
             raise _unknown(implementation)
-    y, new_state = run(token, weights, state, norm_eps)
-    return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
 
 
 def _why_not_mosaic(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:

@@ -1,34 +1,22 @@
 """The Mamba-3 mixer: from the residual stream to the scan's coefficients and back.
 
 One projection of the input gives, per token, z and x [h·p], B and C [r·g·n], and the raw step size, decay, trapezoid
-weight [h each] and angular rates [s]. Conventions follow the released checkpoints (docs/mamba3.md), except that B and C
-rotate in pairs (i, s + i), which import and export account for. Ablations leave out the columns they have no use for.
+weight [h each] and angular rates [s]; what becomes of them is `mamba3_coefficients`. Conventions follow the released
+checkpoints (docs/mamba3.md), except that B and C rotate in pairs (i, s + i), which import and export account for.
+Ablations leave out the columns they have no use for.
 """
-
-import itertools
-import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, mamba3_coefficients, mamba3_projected_step, mamba3_scan, mamba3_step
 from m3jax.models.linear import Linear, closing_gain
-from m3jax.models.norm import EPSILON, RMSNorm
+from m3jax.models.norm import EPSILON, Scale
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.rotary import standard_rates
 from m3jax.models.step_size import dt_bias_init
-
-
-def heavy_tail(x: jax.Array) -> jax.Array:
-    """1 + x for x ≥ 0, 1/(1 - x) below: positive, with one continuous derivative and a slow left tail."""
-    return jnp.maximum(x, 0) + 1 / (1 - jnp.minimum(x, 0))
-
-
-A_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"heavy_tail": heavy_tail, "softplus": jax.nn.softplus}
-
 
 _ROPE_BASE = 10_000.0
 _LEAST_DT = 1e-15  # of which the inverse square is still a float32
@@ -64,17 +52,21 @@ class Mamba3Mixer(nn.Module):
           (output of u's shape, next state or None).
         """
         m = self.config
-        seq, weights = self._coefficients(u), self._weights()
+        own, weights = self._projection_weights(), self._weights()
         options = {"implementation": m.scan_implementation, "norm_eps": EPSILON}
-        if u.ndim == 2:
-            y, state = mamba3_step(**seq, state=state, **weights, **options)
+        if u.ndim == 2 and m.rotation == "data":
+            (projected,) = Linear(m, (sum(projection_widths(m).values()),), name="in_proj")(u)
+            y, state = mamba3_projected_step(projected, state, **own, **weights, **options)
+        elif u.ndim == 2:
+            y, state = mamba3_step(**self._coefficients(u, own), state=state, **weights, **options)
         else:
             options |= {"chunk_size": m.chunk_size, "return_state": state is not None}
 
             def scan(rows: dict, shared: dict) -> jax.Array | tuple[jax.Array, Mamba3State]:
                 return mamba3_scan(**rows, **shared, **options)
 
-            result = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": state}, weights)
+            rows = self._coefficients(u, own) | {"segment_ids": segment_ids, "initial_state": state}
+            result = on_own_rows(scan, rows, weights)
             if state is None:
                 y = result
             else:
@@ -84,31 +76,24 @@ class Mamba3Mixer(nn.Module):
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)
         return out, state
 
-    def _coefficients(self, u: jax.Array) -> dict[str, jax.Array]:
+    def _coefficients(self, u: jax.Array, own: dict) -> dict[str, jax.Array]:
         m = self.config
         z_width, x_width, *widths = projection_widths(m).values()
         z, x, rest = Linear(m, (z_width, x_width, sum(widths)), name="in_proj")(u)
-        b, c, *raw = jnp.split(rest, list(itertools.accumulate(widths))[:-1], axis=-1)
-
-        heads, lead = m.n_heads, u.shape[:-1]
-        accumulator = jnp.promote_types(m.dtype, jnp.float32)
-        dt, a, lam, omega = (v.astype(accumulator) for v in raw)
-        dt_bias = self.param("dt_bias", dt_bias_init(m), (heads,), m.param_dtype).astype(accumulator)
-        dt = jax.nn.softplus(dt + dt_bias.reshape((1,) * len(lead) + (-1,)))
+        seq = mamba3_coefficients(z, x, rest, **own, rank=m.mimo_rank, groups=m.ngroups, norm_eps=EPSILON)
         if m.rotation == "standard":
-            dt, omega = _standard_rotation(dt, m.n_angles)
-        else:
-            omega = math.pi * jnp.tanh(omega)
-        norm = {"dtype": m.dtype, "param_dtype": m.param_dtype}
+            seq["dt"], seq["omega"] = _standard_rotation(seq["dt"], m.n_angles)
+        return seq
+
+    def _projection_weights(self) -> dict[str, jax.Array | str | float | None]:
+        m = self.config
         return {
-            "x": x.reshape(*lead, heads, m.headdim),
-            "z": z.reshape(*lead, heads, m.headdim),
-            "b": RMSNorm(**norm, name="b_norm")(b.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
-            "c": RMSNorm(**norm, name="c_norm")(c.reshape(*lead, m.mimo_rank, m.ngroups, m.d_state)),
-            "dt": dt,
-            "a": jnp.minimum(-A_ACTIVATIONS[m.a_activation](a), -m.a_floor),
-            "lam": jax.nn.sigmoid(lam) if m.fixed_lambda is None else jnp.full_like(dt, m.fixed_lambda),
-            "omega": omega,
+            "dt_bias": self.param("dt_bias", dt_bias_init(m), (m.n_heads,), m.param_dtype),
+            "b_norm": Scale(m.param_dtype, name="b_norm")(m.d_state),
+            "c_norm": Scale(m.param_dtype, name="c_norm")(m.d_state),
+            "a_activation": m.a_activation,
+            "a_floor": m.a_floor,
+            "fixed_lambda": m.fixed_lambda,
         }
 
     def _weights(self) -> dict[str, jax.Array]:

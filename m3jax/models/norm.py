@@ -7,6 +7,17 @@ import jax.numpy as jnp
 EPSILON = 1e-5  # of every norm of the released models
 
 
+class Scale(nn.Module):
+    """The weight of a norm that is computed elsewhere."""
+
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, width: int) -> jax.Array:
+        """[width], starting at 1."""
+        return self.param("scale", nn.initializers.ones, (width,), self.param_dtype)
+
+
 class RMSNorm(nn.Module):
     """RMSNorm over the last axis, computed in float32 or better, returned in `dtype`."""
 

@@ -57,6 +57,23 @@ def make(case: Case, dtype=np.float64, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: v.astype(np.float32).astype(dtype) for name, v in args.items()}
 
 
+def make_projected(case: Case, dtype=np.float64, has_lambda: bool = True, seed: int = 2) -> dict[str, np.ndarray]:
+    """Arrays of `mamba3_projected_step` for one token, but the state; λ is in the projection, or has to be fixed."""
+    rng = np.random.default_rng(seed)
+    c = case
+    coefficients = ("x", "dt", "a", "b", "c", "lam", "omega", "z")
+    args = {name: v for name, v in make(case, np.float64, seed).items() if name not in coefficients}
+    width = 2 * c.h * c.p + 2 * c.r * c.g * c.n + (3 if has_lambda else 2) * c.h + c.s
+    args |= {"projected": rng.normal(size=(c.b, width)), "dt_bias": rng.uniform(*c.log_dt, size=c.h)}
+    args |= {name: 1 + rng.normal(size=c.n) / 4 for name in ("b_norm", "c_norm")}
+    return {name: v.astype(np.float32).astype(dtype) for name, v in args.items()}
+
+
+def largest_turn(projected: dict[str, np.ndarray]) -> float:
+    """Radians that a phase may step by: softplus(v) is at most |v| + log 2."""
+    return np.pi * float(np.abs(projected["projected"]).max() + np.abs(projected["dt_bias"]).max() + 1)
+
+
 def make_state(case: Case, dtype=np.float64, seed: int = 1) -> Mamba3State:
     """A random state before the first token."""
     rng = np.random.default_rng(seed)

@@ -15,10 +15,17 @@ import triton
 import triton.language as tl
 from jax_triton import triton_lib
 
-from m3jax.kernels import gated_delta_scan, gated_delta_step, gpu, mamba3_scan, mamba3_step
+from m3jax.kernels import (
+    gated_delta_scan,
+    gated_delta_step,
+    gpu,
+    mamba3_projected_step,
+    mamba3_scan,
+    mamba3_step,
+)
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.triton_launch import launch
-from tests.kernels.cases import Case, make, make_state, segments
+from tests.kernels.cases import Case, make, make_projected, make_state, segments
 
 IN_FLOAT32 = ("dt", "a", "lam", "omega")
 PER_TOKEN = (*IN_FLOAT32, "x", "b", "c", "z")
@@ -56,7 +63,7 @@ def lower_scan(case: Case, dtype: str, documents: bool, runs: int = 0) -> None:
 
 
 def lower_step(case: Case, dtype: str) -> None:
-    """One token, alone and under vmap; the state in `dtype` too."""
+    """One token, alone and under vmap, and in bfloat16 from its projection; the state in `dtype` too."""
     tokens = {name: v[:, 0] if name in PER_TOKEN else v for name, v in arguments(case, dtype).items()}
     state = jax.tree.map(jnp.asarray, make_state(case, "float32"))
     state = state._replace(ssm=state.ssm.astype(dtype), x=state.x.astype(dtype))
@@ -67,6 +74,9 @@ def lower_step(case: Case, dtype: str) -> None:
     lower(step, tokens, state)
     several = jax.tree.map(lambda v: jnp.stack([v] * 3), state)
     lower(jax.vmap(step, in_axes=(None, 0)), tokens, several)
+    if dtype == "bfloat16":
+        args = {name: jnp.asarray(v, dtype) for name, v in make_projected(case).items()}
+        lower(lambda args, state: mamba3_projected_step(**args, state=state, implementation="triton"), args, state)
 
 
 def lower_gated_delta(dtype: str) -> None:

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from m3jax.kernels import Mamba3State, gpu, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, gpu, mamba3_projected_step, mamba3_scan, mamba3_step
 from m3jax.kernels.mamba3 import api
 from m3jax.kernels.mamba3.inputs import Sequence
-from tests.kernels.cases import Case, make, make_state
+from tests.kernels.cases import Case, make, make_projected, make_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +55,22 @@ def test_step_names_the_argument():
     args = _token(make(Case(), "float32"))
     with pytest.raises(ValueError, match=r"state.ssm has shape .*; expected \[b, h, p, n\]"):
         mamba3_step(**args, state=Mamba3State.zeros(2, 4, 8, 11, 1, 3)._replace(b=np.zeros((2, 4, 1, 12), np.float32)))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"projected": np.zeros((2, 130), np.float32)}, r"projected has shape \(2, 130\); .* is 79 \+ 24g for g groups"),
+    ({"fixed_lambda": 0.5}, r"projected has shape .*expected \[b, 2hp \+ 2h \+ s \+ 2rgn\], which is 75 \+ 24g"),
+    ({"projected": np.zeros((2, 2, 127), np.float32)}, r"expected projected \[b, width\]"),
+    ({"projected": np.zeros((3, 127), np.float32)}, r"state.angle has shape .*; expected \[b, h, s\] = \(3, 4, 3\)"),
+    ({"projected": np.zeros((2, 151), np.float32)}, "groups g = 3"),
+    ({"b_norm": np.zeros(11, np.float32)}, r"b_norm has shape \(11,\); expected \[n\] = \(12,\)"),
+    ({"d": np.zeros(3, np.float32)}, r"d has shape \(3,\); expected \[h\] = \(4,\)"),
+    ({"a_activation": "relu"}, "a_activation = 'relu'; expected one of heavy_tail, softplus"),
+    ({"implementation": "cuda"}, "implementation = 'cuda'; expected None or one of"),
+])  # fmt: skip
+def test_projected_step_names_the_argument(change, message):
+    with pytest.raises(ValueError, match=message):
+        mamba3_projected_step(**(make_projected(Case(), "float32") | {"state": make_state(Case(), "float32")} | change))
 
 
 def _assert_both_refuse(message: str) -> None:

@@ -9,10 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3jax.kernels import Mamba3State, gated_delta_scan, gated_delta_step, mamba3_scan, mamba3_step
+from m3jax.kernels import (
+    Mamba3State,
+    gated_delta_scan,
+    gated_delta_step,
+    mamba3_projected_step,
+    mamba3_scan,
+    mamba3_step,
+)
 from m3jax.models.attention import attend
 from tests import tolerances
-from tests.kernels.cases import Case, differentiated, make, make_state
+from tests.kernels.cases import Case, differentiated, largest_turn, make, make_projected, make_state
 
 pytestmark = pytest.mark.gpu
 
@@ -192,6 +199,35 @@ def test_step(case, dtype, ssm_dtype):
         value, expected = (actual[0], y) if name == "y" else (getattr(actual[1], name), getattr(new, name))
         assert tolerances.rms_ratio(value, expected) <= limit, name
     tolerances.assert_phase_close(actual[1].angle, new.angle, tolerances.phase_walk(1) * largest_turn, "angle")
+
+
+@pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+def test_projected_step(case, dtype, ssm_dtype):
+    options = {"fixed_lambda": 0.5 if case.bare else None, "a_activation": "softplus" if case.r > 1 else "heavy_tail"}
+    args = make_projected(case, "float32", has_lambda=not case.bare)
+    turn = largest_turn(args)
+    args = {name: jnp.asarray(_rounded(name, v), dtype if name == "projected" else v.dtype) for name, v in args.items()}
+    state = make_state(case, "float32")
+    state = jax.tree.map(jnp.asarray, state._replace(x=jnp.asarray(_rounded("x", state.x), dtype)))
+    state = state._replace(ssm=state.ssm.astype(ssm_dtype))
+    step = jax.jit(functools.partial(mamba3_projected_step, implementation="triton", **options))
+    actual, again = step(**args, state=state), step(**args, state=state)
+    jax.tree.map(np.testing.assert_array_equal, actual, again)
+    with jax.enable_x64(True):
+        y, new = mamba3_projected_step(
+            **_in_float64(args), state=_in_float64(state), implementation="reference", **options
+        )
+    exact = tolerances.rounding("float32", case.n * case.r) * turn
+    rounded = exact + tolerances.narrow_rms("bfloat16", roundings=3)  # B or C, the result, and its state
+    limits = {"y": rounded if "bfloat16" in (dtype, ssm_dtype) else exact}
+    limits |= {"ssm": rounded if "bfloat16" in (dtype, ssm_dtype) else exact}
+    limits |= {"b": rounded if dtype == "bfloat16" else exact, "x": 0.0}
+    for name, limit in limits.items():
+        value, expected = (actual[0], y) if name == "y" else (getattr(actual[1], name), getattr(new, name))
+        assert tolerances.rms_ratio(value, expected) <= limit, name
+    tolerances.assert_phase_close(actual[1].angle, new.angle, tolerances.phase_walk(1) * turn, "angle")
 
 
 def test_steps_equal_the_scan_under_jit_with_donation():

@@ -11,6 +11,9 @@ is in the tile of a product (step_pieces.py): the tensor cores add the outer pro
 accuracy of H. They also read y where it and H are bfloat16; elsewhere y is sums, in float32. PP, NP, RP are P, N, R
 rounded up to powers of two, V the numbers in 16 bytes of H.
 
+A token comes as its coefficients, or RAW: as the layer's projection, from which each program computes those of its head
+(projection_pieces.py). That spares the launches of kernels which would do little else than start.
+
 In a decoding loop the state is carried: every output of the state takes the memory of its input where dtypes allow, or
 XLA would copy all of H once more at every token. A program reads all of its head's old state before it writes any.
 """
@@ -26,16 +29,21 @@ import triton.language as tl
 
 from ...triton_launch import batch_too_large, launch
 from .. import reference
+from ..coefficients import ProjectionWeights, Rule, checked_groups, from_projection
 from ..inputs import Sequence, Weights
 from ..state import Mamba3State
+from .projection_pieces import angular_rate, head_coefficients, token_pointers
 from .step_pieces import (
     cos_sin,
     exp,
+    load_wide,
     outer_operands,
     places,
     read_by_sums,
     read_out,
     readout_operand,
+    ready,
+    ready_ranks,
     request,
     request_ranks,
     request_readout,
@@ -61,15 +69,15 @@ class Tiling(NamedTuple):
 
 @triton.jit
 def step_kernel(
-    x_ptr, z_ptr, dt_ptr, a_ptr, lam_ptr, omega_ptr, b_ptr, c_ptr,
+    z_ptr, x_ptr, b_ptr, c_ptr, dt_ptr, a_ptr, lam_ptr, omega_ptr, dt_bias_ptr, b_norm_ptr, c_norm_ptr,
     b_bias_ptr, c_bias_ptr, mimo_x_ptr, mimo_z_ptr, mimo_o_ptr, d_ptr, norm_ptr,
-    angle_ptr, ssm_ptr, b_prev_ptr, x_prev_ptr, norm_eps,
+    angle_ptr, ssm_ptr, b_prev_ptr, x_prev_ptr, norm_eps, a_floor, fixed_lambda,
     y_ptr, angle_out_ptr, ssm_out_ptr, b_out_ptr, x_out_ptr,
     H: tl.constexpr, G: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
     PP: tl.constexpr, NP: tl.constexpr, RP: tl.constexpr, W: tl.constexpr, V: tl.constexpr, OMEGA_HEADS: tl.constexpr,
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
     HAS_MIMO_O: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_NORM: tl.constexpr,
-    DOTS: tl.constexpr, FAST: tl.constexpr,
+    HAS_LAM: tl.constexpr, HEAVY_TAIL: tl.constexpr, RAW: tl.constexpr, DOTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """One head of one batch row."""
     C: tl.constexpr = NP // W
@@ -77,11 +85,18 @@ def step_kernel(
     head = tl.program_id(0)
     batch = tl.program_id(1)
     row_head = batch * H + head
-    group = head // (H // G)
+    z_ptr, x_ptr, b_ptr, c_ptr, dt_ptr, a_ptr, lam_ptr, omega_ptr = token_pointers(
+        z_ptr, x_ptr, b_ptr, c_ptr, dt_ptr, a_ptr, lam_ptr, omega_ptr, batch, head, H, G, R, P, N, S, OMEGA_HEADS,
+        HAS_LAM, RAW,
+    )  # fmt: skip
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
 
-    dt = tl.load(dt_ptr + row_head)
-    lam = tl.load(lam_ptr + row_head)
-    a = tl.load(a_ptr + row_head)
+    dt = tl.load(dt_ptr + head).to(tl.float32)
+    a = tl.load(a_ptr + head).to(tl.float32)
+    lam = fixed_lambda
+    if HAS_LAM:
+        lam = tl.load(lam_ptr + head).to(tl.float32)
+    dt_bias = load_wide(dt_bias_ptr, head, True, RAW, 0.0)
 
     # What belongs to a column of H: [NP], or [RP, NP].
     column = tl.arange(0, NP)
@@ -91,9 +106,9 @@ def step_kernel(
     partner = tl.where(imaginary, column - S, column + S)
     if S > 0:
         pair = tl.where(imaginary, column - S, column)
-        omega = tl.load(omega_ptr + (row_head if OMEGA_HEADS else batch) * S + pair, mask=turns, other=0.0)
+        omega = tl.load(omega_ptr + pair, mask=turns, other=0.0).to(tl.float32)
         angle = tl.load(angle_ptr + row_head * S + pair, mask=turns, other=0.0)
-    token_at = batch * (R * G * N) + group * N
+    token_at = (head // (H // G)) * N
     bias_at = head * (R * N)
     own_base = row_head.to(tl.int64) * (R * N)
     ranks = tl.arange(0, RP)[:, None]
@@ -101,32 +116,37 @@ def step_kernel(
     columns, partners = column[None, :], partner[None, :]
     exist, rotate = (ranks < R) & in_n[None, :], (ranks < R) & turns[None, :]
     if DOTS:
-        b, b_partner = request(b_ptr, b_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate, HAS_B_BIAS, S)
+        b = request(b_ptr, b_norm_ptr, b_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate, HAS_B_BIAS,
+                    RAW, S)  # fmt: skip
         before = tl.load(b_prev_ptr + own_base + own_at, mask=exist, other=0.0).to(tl.float32)
     else:
-        bs = request_ranks(b_ptr, b_bias_ptr, token_at, bias_at, column, partner, in_n, turns, HAS_B_BIAS, G, R, N, S)
+        bs = request_ranks(b_ptr, b_norm_ptr, b_bias_ptr, token_at, bias_at, column, partner, in_n, turns, HAS_B_BIAS,
+                           RAW, G, R, N, S)  # fmt: skip
         befores = ()
         for r in tl.static_range(R):
             befores += (tl.load(b_prev_ptr + own_base + r * N + column, mask=in_n, other=0.0).to(tl.float32),)
     if DOTS and NARROW:
-        c, c_partner = request(c_ptr, c_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate, HAS_C_BIAS, S)
+        c = request(c_ptr, c_norm_ptr, c_bias_ptr, tokens_at, biases_at, columns, partners, exist, rotate, HAS_C_BIAS,
+                    RAW, S)  # fmt: skip
     else:
-        cs = request_ranks(c_ptr, c_bias_ptr, token_at, bias_at, column, partner, in_n, turns, HAS_C_BIAS, G, R, N, S)
+        cs = request_ranks(c_ptr, c_norm_ptr, c_bias_ptr, token_at, bias_at, column, partner, in_n, turns, HAS_C_BIAS,
+                           RAW, G, R, N, S)  # fmt: skip
 
     # What belongs to a row of H, [PP, RP]: the same for every rank where ranks share it.
     p = tl.arange(0, PP)[:, None]
     rank = tl.arange(0, RP)[None, :]
     in_rank = (p < P) & (rank < R)
     x_at = row_head * P + p + 0 * rank
+    token_at = head * P + p + 0 * rank
     rank_at = (head * R + rank) * P + p
-    x_token = tl.load(x_ptr + x_at, mask=in_rank, other=0.0)
+    x_token = tl.load(x_ptr + token_at, mask=in_rank, other=0.0)
     x_prev = tl.load(x_prev_ptr + x_at, mask=in_rank, other=0.0).to(tl.float32)
     x = x_token.to(tl.float32)
     if HAS_MIMO_X:
         mimo_x = tl.load(mimo_x_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
         x, x_prev = x * mimo_x, x_prev * mimo_x
     gate, mimo_o, norm, d = request_readout(
-        z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, x_at, rank_at, in_rank, P, HAS_Z, HAS_MIMO_Z,
+        z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, token_at, rank_at, in_rank, P, HAS_Z, HAS_MIMO_Z,
         HAS_MIMO_O, HAS_NORM, HAS_D,
     )  # fmt: skip
 
@@ -135,7 +155,21 @@ def step_kernel(
     state_at = row * N + wide
     in_state = (row < P) & (wide < N)
     h = tl.load(ssm_ptr + state_base + state_at, mask=in_state, other=0.0)
+    tl.debug_barrier()  # other threads may have yet to read what the stores below overwrite
 
+    if DOTS:
+        b, b_partner = ready(b, norm_eps, 1, N, dtype, RAW)
+    else:
+        bs = ready_ranks(bs, norm_eps, N, dtype, RAW, R)
+    if DOTS and NARROW:
+        c, c_partner = ready(c, norm_eps, 1, N, dtype, RAW)
+    else:
+        cs = ready_ranks(cs, norm_eps, N, dtype, RAW, R)
+    if RAW:  # noqa: SIM102 (the compiler knows this; for the other see `ready`)
+        if norm_eps >= 0.0:
+            dt, a, lam = head_coefficients(dt + dt_bias, a, lam, a_floor, HAS_LAM, HEAVY_TAIL)
+            if S > 0:
+                omega = angular_rate(omega)
     alpha = exp(dt * a)
     x_prev *= (1 - lam) * dt * alpha
     x_now = x * (lam * dt)
@@ -145,7 +179,6 @@ def step_kernel(
         angle = wrap(angle + dt * omega)
         cos, sin = cos_sin(angle)
         sin = tl.where(imaginary, sin, -sin)
-    tl.debug_barrier()  # other threads may have yet to read what the stores below overwrite
     if S > 0:
         tl.store(angle_out_ptr + row_head * S + column, angle, mask=column < S)
     tl.store(x_out_ptr + x_at, x_token, mask=in_rank & (rank == 0))
@@ -225,23 +258,56 @@ def step(
       that carries it and where a jitted caller donates it; elsewhere XLA copies it first.
     """
     token = token._replace(**{name: getattr(token, name).astype(jnp.float32) for name in ("dt", "a", "lam", "omega")})
+    return _run(token, (weights, None), state, _How(norm_eps, None), tiling)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "norm_eps", "tiling"))
+def projected_step(
+    projected: jax.Array,
+    own: ProjectionWeights,
+    rule: Rule,
+    weights: Weights,
+    state: Mamba3State,
+    norm_eps: float,
+    tiling: Tiling | None = None,
+) -> tuple[jax.Array, Mamba3State]:
+    """As `step`, of the token whose projection [b, width] is given; `unsupported` of its coefficients must allow it."""
+    return _run(projected, (weights, own), state, _How(norm_eps, rule), tiling)
+
+
+class _How(NamedTuple):
+    """What a step depends on besides arrays."""
+
+    norm_eps: float
+    rule: Rule | None  # of a projection
+
+
+_Token = Sequence | jax.Array  # coefficients, or a projection
+_AllWeights = tuple[Weights, ProjectionWeights | None]
+
+
+def _run(
+    token: _Token, weights: _AllWeights, state: Mamba3State, how: _How, tiling: Tiling | None
+) -> tuple[jax.Array, Mamba3State]:
     state = state._replace(angle=state.angle.astype(jnp.float32), b=state.b.astype(jnp.float32))
     if tiling is None:
-        tiling = default_tiling(token.b.shape[1], token.x.shape[-1], token.b.shape[-1], state.ssm.dtype)
-    return _step(token, weights, state, norm_eps, tiling)
+        tiling = default_tiling(state.b.shape[2], *state.ssm.shape[2:], state.ssm.dtype)
+    return _step(token, weights, state, how, tiling)
 
 
 def _reference_step(
-    token: Sequence, weights: Weights, state: Mamba3State, norm_eps: float
+    token: _Token, weights: _AllWeights, state: Mamba3State, how: _How
 ) -> tuple[jax.Array, Mamba3State]:
-    y, new = reference.step(token, weights, state, norm_eps)
+    if how.rule is not None:
+        token = from_projection(token, weights[1], how.rule, state, how.norm_eps)
+    y, new = reference.step(token, weights[0], state, how.norm_eps)
     return y, new._replace(ssm=new.ssm.astype(state.ssm.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _step(token, weights, state, norm_eps, tiling):
+def _step(token, weights, state, how, tiling):
     # Inside the custom derivative, since a custom batching rule has none.
-    run = jax.custom_batching.custom_vmap(functools.partial(_call, norm_eps=norm_eps, tiling=tiling))
+    run = jax.custom_batching.custom_vmap(functools.partial(_call, how=how, tiling=tiling))
 
     @run.def_vmap
     def _(size, batched, token, weights, state):
@@ -263,54 +329,60 @@ def _step(token, weights, state, norm_eps, tiling):
     return run(token, weights, state)
 
 
-def _step_forward(token, weights, state, norm_eps, tiling):
-    return _step(token, weights, state, norm_eps, tiling), (token, weights, state)
+def _step_forward(token, weights, state, how, tiling):
+    return _step(token, weights, state, how, tiling), (token, weights, state)
 
 
-def _step_backward(norm_eps, tiling, saved, cotangents):
+def _step_backward(how, tiling, saved, cotangents):
     del tiling
-    return jax.vjp(functools.partial(_reference_step, norm_eps=norm_eps), *saved)[1](cotangents)
+    return jax.vjp(functools.partial(_reference_step, how=how), *saved)[1](cotangents)
 
 
 _step.defvjp(_step_forward, _step_backward)
 
 
 def _call(
-    token: Sequence, weights: Weights, state: Mamba3State, norm_eps: float, tiling: Tiling
+    token: _Token, weights: _AllWeights, state: Mamba3State, how: _How, tiling: Tiling
 ) -> tuple[jax.Array, Mamba3State]:
-    batch, heads, p = token.x.shape
-    rank, groups, n = token.b.shape[1:]
-    s = token.omega.shape[-1]
-    inputs = [
-        token.x, token.z, token.dt, token.a, token.lam, token.omega, token.b, token.c,
-        *weights[:6], weights.norm_weight, *state,
-    ]  # fmt: skip
+    batch, heads, p, n = state.ssm.shape
+    rank, s = state.b.shape[2], state.angle.shape[-1]
+    weights, own = weights
+    if how.rule is None:
+        first, groups, rule = token.x, token.b.shape[2], Rule("heavy_tail", 0.0, None)
+        arrays = [token.z, token.x, token.b, token.c, token.dt, token.a, token.lam, token.omega, None, None, None]
+    else:
+        first, groups, rule = token, checked_groups(token, own, how.rule, state), how.rule
+        arrays = [token, *[None] * 7, *own]
     # A parameter that is not there is never read, but needs an address.
-    inputs = [token.x if v is None or v.size == 0 else v for v in inputs]
+    inputs = [first if v is None or v.size == 0 else v for v in [*arrays, *weights, *state]]
+    like_x = jax.ShapeDtypeStruct((batch, heads, p), first.dtype)
     out = [
-        jax.ShapeDtypeStruct(token.x.shape, token.x.dtype),
+        like_x,
         jax.ShapeDtypeStruct((batch, heads, max(s, 1)), jnp.float32),
         jax.ShapeDtypeStruct(state.ssm.shape, state.ssm.dtype),
         jax.ShapeDtypeStruct(state.b.shape, jnp.float32),
-        jax.ShapeDtypeStruct(token.x.shape, token.x.dtype),
+        like_x,
     ]
-    first = len(inputs) - len(state)
+    carried = len(inputs) - len(state)
     aliases = {
-        first + i: 1 + i for i, v in enumerate(state) if v.shape == out[1 + i].shape and v.dtype == out[1 + i].dtype
+        carried + i: 1 + i for i, v in enumerate(state) if v.shape == out[1 + i].shape and v.dtype == out[1 + i].dtype
     }
     # A product's inner axis has at least 16 numbers, those of two ranks.
     padded_rank = max(triton.next_power_of_2(rank), 2 if tiling.dots else 1)
+    scalars = {"norm_eps": how.norm_eps, "a_floor": rule.a_floor, "fixed_lambda": rule.fixed_lambda or 0.0}
     y, angle, ssm, b, x = launch(
-        step_kernel, inputs, {"norm_eps": np.float32(norm_eps)}, out, (heads, batch, 1), tiling.warps,
+        step_kernel, inputs, {name: np.float32(v) for name, v in scalars.items()}, out, (heads, batch, 1), tiling.warps,
         {
             "H": heads, "G": groups, "R": rank, "P": p, "N": n, "S": s, "PP": triton.next_power_of_2(p),
             "NP": triton.next_power_of_2(n), "RP": padded_rank, "W": tiling.columns,
-            "V": 16 // state.ssm.dtype.itemsize, "OMEGA_HEADS": token.omega.ndim == 3,
+            "V": 16 // state.ssm.dtype.itemsize, "OMEGA_HEADS": how.rule is None and token.omega.ndim == 3,
             "HAS_B_BIAS": weights.b_bias is not None,
             "HAS_C_BIAS": weights.c_bias is not None, "HAS_MIMO_X": weights.mimo_x is not None,
             "HAS_MIMO_Z": weights.mimo_z is not None, "HAS_MIMO_O": weights.mimo_o is not None,
-            "HAS_D": weights.d is not None, "HAS_Z": token.z is not None, "HAS_NORM": weights.norm_weight is not None,
-            "DOTS": tiling.dots, "FAST": token.x.dtype != jnp.float32,
+            "HAS_D": weights.d is not None, "HAS_Z": how.rule is not None or token.z is not None,
+            "HAS_NORM": weights.norm_weight is not None, "HAS_LAM": rule.fixed_lambda is None,
+            "HEAVY_TAIL": rule.a_activation == "heavy_tail", "RAW": how.rule is not None,
+            "DOTS": tiling.dots, "FAST": first.dtype != jnp.float32,
         },
         aliases,
     )  # fmt: skip

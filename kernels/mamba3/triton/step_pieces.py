@@ -57,43 +57,71 @@ def exp(v):
 
 
 @triton.jit
-def with_bias(ptr, bias_ptr, at, bias_at, exists, HAS_BIAS: tl.constexpr):
-    """B or C of a rank, or of all."""
-    v = tl.load(ptr + at, mask=exists, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        v += tl.load(bias_ptr + bias_at, mask=exists, other=0.0).to(tl.float32)
+def load_wide(ptr, at, exists, EXISTS: tl.constexpr, absent: tl.constexpr):
+    """In float32; `absent` instead of an array that is not there."""
+    v = absent
+    if EXISTS:
+        v = tl.load(ptr + at, mask=exists, other=0.0).to(tl.float32)
     return v
 
 
 @triton.jit
-def request(ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr, S: tl.constexpr):
-    """B or C of a rank, or of all, with its bias; and what each column turns with."""
-    v = with_bias(ptr, bias_ptr, at + column, bias_at + column, exists, HAS_BIAS)
-    other = v
+def request(ptr, scale_ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr,
+            RAW: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """B or C of a rank, or of all, its norm's weight if RAW and its bias; and all three of what a column turns with."""
+    v = load_wide(ptr, at + column, exists, True, 0.0)
+    scale = load_wide(scale_ptr, column + 0 * at, exists, RAW, 1.0)
+    bias = load_wide(bias_ptr, bias_at + column, exists, HAS_BIAS, 0.0)
+    other, other_scale, other_bias = v, scale, bias
     if S > 0:
-        other = with_bias(ptr, bias_ptr, at + partner, bias_at + partner, turns, HAS_BIAS)
-    return v, other
+        other = load_wide(ptr, at + partner, turns, True, 0.0)
+        other_scale = load_wide(scale_ptr, partner + 0 * at, turns, RAW, 1.0)
+        other_bias = load_wide(bias_ptr, bias_at + partner, turns, HAS_BIAS, 0.0)
+    return v, scale, bias, other, other_scale, other_bias
 
 
 @triton.jit
-def request_ranks(ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr,
-                  G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def request_ranks(ptr, scale_ptr, bias_ptr, at, bias_at, column, partner, exists, turns, HAS_BIAS: tl.constexpr,
+                  RAW: tl.constexpr, G: tl.constexpr, R: tl.constexpr, N: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """`request` of every rank apart."""
     found = ()
     for r in tl.static_range(R):
-        found += (request(ptr, bias_ptr, at + r * (G * N), bias_at + r * N, column, partner, exists, turns, HAS_BIAS,
-                          S),)  # fmt: skip
+        found += (request(ptr, scale_ptr, bias_ptr, at + r * (G * N), bias_at + r * N, column, partner, exists, turns,
+                          HAS_BIAS, RAW, S),)  # fmt: skip
     return found
 
 
 @triton.jit
-def request_readout(z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, x_at, rank_at, in_rank, P: tl.constexpr,
-                    HAS_Z: tl.constexpr, HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr, HAS_NORM: tl.constexpr,
-                    HAS_D: tl.constexpr):  # fmt: skip
+def ready(found, norm_eps, axis: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr, RAW: tl.constexpr):
+    """What `request` found, with the bias; before that, if RAW, the norm over columns, rounded as by the reference."""
+    v, scale, bias, other, other_scale, other_bias = found
+    if RAW:
+        inverse = tl.zeros_like(v)
+        # Always so. Without a branch ptxas moves what is to come, and the wait for v, to before the loads of H.
+        if norm_eps >= 0.0:
+            inverse += tl.rsqrt(tl.sum(v * v, axis, keep_dims=True) / N + norm_eps)
+        v = (v * inverse * scale).to(dtype).to(tl.float32)
+        other = (other * inverse * other_scale).to(dtype).to(tl.float32)
+    return v + bias, other + other_bias
+
+
+@triton.jit
+def ready_ranks(found, norm_eps, N: tl.constexpr, dtype: tl.constexpr, RAW: tl.constexpr, R: tl.constexpr):
+    """`ready` of every rank apart."""
+    all_ready = ()
+    for r in tl.static_range(R):
+        all_ready += (ready(found[r], norm_eps, 0, N, dtype, RAW),)
+    return all_ready
+
+
+@triton.jit
+def request_readout(z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, token_at, rank_at, in_rank,
+                    P: tl.constexpr, HAS_Z: tl.constexpr, HAS_MIMO_Z: tl.constexpr, HAS_MIMO_O: tl.constexpr,
+                    HAS_NORM: tl.constexpr, HAS_D: tl.constexpr):  # fmt: skip
     """What `read_out` needs besides y and x: gate and mimo_o [PP, RP], the norm's weight [PP, 1] and D; 1 if absent."""
     gate, mimo_o, norm, d = 1.0, 1.0, 1.0, 1.0
     if HAS_Z:
-        gate = tl.load(z_ptr + x_at, mask=in_rank, other=0.0).to(tl.float32)
+        gate = tl.load(z_ptr + token_at, mask=in_rank, other=0.0).to(tl.float32)
         if HAS_MIMO_Z:
             gate *= tl.load(mimo_z_ptr + rank_at, mask=in_rank, other=0.0).to(tl.float32)
     if HAS_MIMO_O:
@@ -108,7 +136,7 @@ def request_readout(z_ptr, mimo_z_ptr, mimo_o_ptr, norm_ptr, d_ptr, head, p, x_a
 @triton.jit
 def read_by_sums(h, cs, cos, sin, R: tl.constexpr, RP: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr,
                  W: tl.constexpr, V: tl.constexpr, TILED: tl.constexpr):  # fmt: skip
-    """H C_r of every rank, [PP, RP], in float32. `cs`: from `request_ranks`; TILED: whether H is as `tile` has it."""
+    """H C_r of every rank, [PP, RP], in float32. `cs`: from `ready_ranks`; TILED: whether H is as `tile` has it."""
     ys = ()
     for r in tl.static_range(R):
         c = cs[r][0] * cos + cs[r][1] * sin
