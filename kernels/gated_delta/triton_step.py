@@ -6,9 +6,9 @@ Rows of S have nothing to do with each other, so that a head's are shared out am
 nearly all the work; what else a program does must take little time. So everything is asked for before anything is
 waited for, and where q and k are brought to length 1 here, S is not multiplied by what waits for their lengths.
 
-A tile of PP rows comes in pieces of W columns, 128 bytes. The threads of a row of one piece have it of all pieces,
-so that no sum passes between warps. Nor do v, k and q: of vectors shorter than the number of threads Triton makes every
-thread load what it needs, where longer ones would wait in shared memory to be shared out.
+A tile of PP rows comes in pieces of W columns. The threads of a row of one piece have it of all pieces, so that no sum
+passes between warps. Of vectors shorter than the number of threads Triton makes every thread load what it needs; longer
+ones, as q and k here, wait in shared memory to be shared out, but many small programs of one warp still are the fastest.
 
 In a decoding loop the state is carried: S' takes the memory of S, or XLA would copy it once more at every token.
 """
@@ -28,7 +28,7 @@ from .inputs import Sequence, of_unit_length
 
 _MAX_KEY = 512  # columns of S, of which a thread has those of q and k besides
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
-_MAX_ROWS, _MAX_NUMBERS, _MAX_WARPS = 64, 8192, 4  # of a tile; at most 64 numbers of S in a thread
+_ROWS, _COLUMNS, _NUMBERS_OF_A_WARP = 16, 64, 2048  # of a tile, of its pieces, and 64 numbers of S in a thread
 
 
 class Tiling(NamedTuple):
@@ -39,12 +39,11 @@ class Tiling(NamedTuple):
     warps: int
 
 
-def default_tiling(p: int, n: int, state_dtype: jnp.dtype) -> Tiling:
-    """As in the step of Mamba-3, and more threads than a piece has rows or columns; not measured yet."""
+def default_tiling(p: int, n: int) -> Tiling:
+    """The tiling that is fastest for a shape, as far as measured (experiments/latency/gated_delta_step.py)."""
     columns = triton.next_power_of_2(n)
-    rows = min(triton.next_power_of_2(p), _MAX_NUMBERS // columns, _MAX_ROWS)
-    piece = min(columns, 128 // jnp.dtype(state_dtype).itemsize)
-    return Tiling(rows, piece, min(max(rows * columns // 1024, 1), _MAX_WARPS))
+    rows = min(triton.next_power_of_2(p), _ROWS)
+    return Tiling(rows, min(columns, _COLUMNS), max(rows * columns // _NUMBERS_OF_A_WARP, 1))
 
 
 def unsupported(token: Sequence, state: jax.Array) -> str | None:
@@ -73,7 +72,7 @@ def step(
       o [b, h, p] in v's dtype and the next S in the dtype it came in. S is updated in place in a loop that carries it
       and where a jitted caller donates it; elsewhere XLA copies it first.
     """
-    return _step(token, state, unit_eps, tiling or default_tiling(*state.shape[-2:], state.dtype))
+    return _step(token, state, unit_eps, tiling or default_tiling(*state.shape[-2:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

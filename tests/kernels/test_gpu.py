@@ -56,7 +56,6 @@ MOSAIC_CASES = {
     "norm": (dataclasses.replace(WIDE, norm=True, mimo=False), False),
     "norm, many heads, mimo": (dataclasses.replace(MANY_HEADS, norm=True, r=4), False),
     "bare": (dataclasses.replace(WIDE, bare=True), True),
-    "bare, rank 2": (dataclasses.replace(WIDE, r=2, bare=True), True),
     "narrow state": (dataclasses.replace(WIDE, n=64, s=16, mimo=False), True),
 }
 PACKED = ("siso", "mimo")

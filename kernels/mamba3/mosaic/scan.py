@@ -41,7 +41,7 @@ _MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
 
 def unsupported(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
     """Why the kernels cannot take these inputs, or run here; None if they can."""
-    return _unsupported_here() or _unsupported_inputs(seq, weights, chunk_size)
+    return _unsupported_here() or _unsupported_inputs(seq, weights, chunk_size) or _untried(seq, weights)
 
 
 def _unsupported_here() -> str | None:
@@ -76,6 +76,26 @@ def _unsupported_inputs(seq: Sequence, weights: Weights, chunk_size: int | None)
     return batch_too_large(batch)
 
 
+def _untried(seq: Sequence, weights: Weights) -> str | None:
+    """Of MIMO whose read-out is another kernel's: on a GPU rank 2 has not come to its end (docs/performance.md)."""
+    batch, length, heads, _ = seq.x.shape
+    rank = seq.b.shape[2]
+    if rank == 1 or not _is_read_out_elsewhere(seq, weights):
+        return None
+    if rank == 2:
+        return "there is no gate, or a norm before it; the Mosaic GPU kernels take that at ranks 1 and 4"
+    if choose_segments(batch, length, heads, _POSITIONS[rank]) > 1:
+        return (
+            f"there is no gate, or a norm before it, and {batch * heads} heads of the batch leave the GPU to several "
+            "segments of a sequence; that has not been run with the Mosaic GPU kernels"
+        )
+    return None
+
+
+def _is_read_out_elsewhere(seq: Sequence, weights: Weights) -> bool:
+    return weights.norm_weight is not None or (seq.z is None and seq.b.shape[2] > 1)
+
+
 def scan(
     chunk_size: int | None,
     seq: Sequence,
@@ -99,7 +119,7 @@ def scan(
     if state is None:
         state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), n, rank, s, seq.x.dtype)
     document = None if segment_ids is None else segment_ids.astype(jnp.int32)
-    to_read_out = weights.norm_weight is not None or (seq.z is None and rank > 1)
+    to_read_out = _is_read_out_elsewhere(seq, weights)
     given = without_readout(seq, weights) if to_read_out else (seq, weights)
     y, ssm, angle = _scan(return_state, widened(Inputs(*given, ssm, state.angle.astype(acc), document)))
     if to_read_out:
