@@ -8,7 +8,7 @@ waited for, and where q and k are brought to length 1 here, S is not multiplied 
 
 A tile of PP rows comes in pieces of W columns. The threads of a row of one piece have it of all pieces, so that no sum
 passes between warps. Of vectors shorter than the number of threads Triton makes every thread load what it needs; longer
-ones, as q and k here, wait in shared memory to be shared out, but many small programs of one warp still are the fastest.
+ones, as q and k here, wait in shared memory to be shared out. Small programs of one warp are the fastest all the same.
 
 In a decoding loop the state is carried: S' takes the memory of S, or XLA would copy it once more at every token.
 """
