@@ -57,6 +57,7 @@ class GridConfig:
     widths: str = "32"  # model.d_model
     learning_rates: str = "1e-3"  # the peaks
     seeds: int = 1  # 0, 1, ...; a seed decides initialisation and data, which learning rates and models share
+    initial_steps: str = ""  # ranges MIN-MAX of step sizes at the start, each trained; "" = model.dt_min to dt_max
     length_shifts: str = ""  # task:number added to all lengths, for tasks that a source counts differently
 
     @property
@@ -78,6 +79,15 @@ class GridConfig:
     def rates(self) -> tuple[float, ...]:
         """Peak learning rates."""
         return _items("grid.learning_rates", self.learning_rates, "learning rates", float)
+
+    @property
+    def step_ranges(self) -> tuple[tuple[float, float] | None, ...]:
+        """(dt_min, dt_max) of every range of initial steps; None = as the model's config has them."""
+        return (
+            _items("grid.initial_steps", self.initial_steps, "ranges MIN-MAX", _range)
+            if self.initial_steps
+            else (None,)
+        )
 
     def shift(self, task: str) -> int:
         """What is added to all lengths of a task."""
@@ -206,6 +216,9 @@ def _check_grid(grid: GridConfig) -> None:
     require(min(grid.d_models) >= 1, "grid.widths", grid.widths, "positive widths")
     require(min(grid.rates) > 0, "grid.learning_rates", grid.learning_rates, "positive numbers")
     require(grid.seeds >= 1, "grid.seeds", grid.seeds, "at least 1")
+    for bounds in grid.step_ranges:
+        require(bounds is None or 0 < bounds[0] <= bounds[1], "grid.initial_steps", grid.initial_steps,
+                "ranges of positive numbers, the smaller one first")  # fmt: skip
 
 
 def _check_train(train: TrainingConfig) -> None:
@@ -243,6 +256,11 @@ def _check_lengths(study: StudyConfig) -> None:
                 least = task.shortest - study.grid.shift(name)
                 require(least <= span.shortest <= span.longest, key, span.label,
                         f"lengths in ascending order, for {task.name} of at least {least}")  # fmt: skip
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, high = text.split("-")
+    return float(low), float(high)
 
 
 def _span(key: str, text: str) -> Span:

@@ -1,8 +1,8 @@
 """The groups of a study: the runs that train together because their arrays have the same shapes."""
 
+import dataclasses
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from m3jax.config import ModelConfig, one_of, round_up
@@ -20,7 +20,7 @@ class Run(NamedTuple):
     seed: int  # of initialisation and data
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Group:
     """Runs of one model on one task.
 
@@ -31,6 +31,7 @@ class Group:
       model: its config. Vocabularies are rounded up as the embedding is, so that tasks can share compiled programs.
       runs: every learning rate with every seed.
       shift: what is added to all lengths of the study.
+      initial_steps: (dt_min, dt_max) of the model, if the grid has several.
     """
 
     task_name: str
@@ -39,11 +40,13 @@ class Group:
     model: ModelConfig
     runs: tuple[Run, ...]
     shift: int
+    initial_steps: tuple[float, float] | None = None
 
     @property
     def name(self) -> str:
-        """Names files: task, model and width."""
-        return f"{self.task_name}-{self.model_name}-{self.model.d_model}"
+        """Names files: task, model and width, and the initial steps if the grid has them."""
+        name = f"{self.task_name}-{self.model_name}-{self.model.d_model}"
+        return name if self.initial_steps is None else f"{name}-{'-'.join(f'{v:g}' for v in self.initial_steps)}"
 
     def task(self, span: Span) -> Task:
         """The task that a span's sequences are of."""
@@ -80,13 +83,20 @@ def make_groups(
             one_of(key, name, tuple(known))
     runs = tuple(Run(rate, seed) for rate in grid.rates for seed in range(grid.seeds))
     groups = []
-    for (task_name, layers), d_model, model_name in itertools.product(
-        grid.task_layers, grid.d_models, grid.model_names
+    for (task_name, layers), d_model, model_name, steps in itertools.product(
+        grid.task_layers, grid.d_models, grid.model_names, grid.step_ranges
     ):
         if (tasks and task_name not in tasks) or (models and model_name not in models):
             continue
         task = study.training_spans[0].task(task_name)
         vocab_size = round_up(task.vocab_size + study.train.bos, study.model.pad_vocab_multiple)
-        model = model_config(model_name, study.model, d_model, layers, vocab_size)
-        groups.append(Group(task_name, task.chance, model_name, model, runs, grid.shift(task_name)))
+        shared = study.model
+        if steps is not None:
+            shared = dataclasses.replace(shared, dt_min=steps[0], dt_max=steps[1])
+        model = model_config(model_name, shared, d_model, layers, vocab_size)
+        if set(model.mixer_pattern) == {"attention"}:  # which has no steps
+            if steps != grid.step_ranges[0]:
+                continue
+            steps = None
+        groups.append(Group(task_name, task.chance, model_name, model, runs, grid.shift(task_name), steps))
     return groups

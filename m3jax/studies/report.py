@@ -1,7 +1,7 @@
 """What a study found: results.json with every run, results.md with a table per task, pictures.
 
-Of each model on a task one setting (width and learning rate) is chosen, the one whose runs have the best median
-accuracy on the validation sequences, averaged over the lengths; reported is the median of its seeds on the test
+Of each model on a task one setting (width, initial steps, learning rate) is chosen, the one whose runs have the best
+median accuracy on the validation sequences, averaged over the lengths; reported is the median of its seeds on the test
 sequences. Beside it stands the best of all runs of the model, whatever their setting, which papers often report.
 """
 
@@ -31,7 +31,7 @@ class Choice:
 
     Attributes:
       model: its name.
-      group: results of the group with the chosen width.
+      group: results of the group with the chosen width and initial steps.
       learning_rate: the chosen one.
       runs: of this setting, one per seed.
       n_runs: of all settings.
@@ -51,7 +51,7 @@ class Choice:
 
 
 def choose(groups: Sequence[Results]) -> Choice:
-    """Chooses the setting of one model on one task from its groups, which differ in width."""
+    """Chooses the setting of one model on one task from its groups, which differ in width and initial steps."""
     settings: dict[tuple[int, float], list[Results]] = {}
     for i, group in enumerate(groups):
         for run in group["runs"]:
@@ -93,12 +93,16 @@ def tables(groups: Sequence[Results]) -> str:
 
 def _table(name: str, choices: Sequence[Choice], scale) -> str:
     labels = list(choices[0].best)
-    head = [name, "parameters", "state", "width", "learning rate", "steps", "seeds", "runs"]
+    ranges = any(choice.group.get("initial_steps") for choice in choices)
+    head = [name, "parameters", "state", "width", *(["initial steps"] if ranges else [])]
+    head += ["learning rate", "steps", "seeds", "runs"]
     head += [f"at {label}" for label in labels]
     rows = [head, ["---"] * len(head)]
     for choice in choices:
         row = [choice.model, f"{choice.group['parameters']:,}"]
         row += [f"{choice.group['state_bytes'] / choice.group['n_layers'] / 1000:,.1f}", str(choice.group["d_model"])]
+        if ranges:
+            row.append(" to ".join(str(v) for v in choice.group["initial_steps"] or ["none"]))
         row += [
             f"{choice.learning_rate:.2g}",
             f"{choice.group['steps'][-1]:,}",

@@ -233,6 +233,7 @@ def _results(study: StudyConfig, group: Group, training: Training, accuracies: A
         "chance": group.chance,
         "model": group.model_name,
         "d_model": group.model.d_model,
+        "initial_steps": group.initial_steps,
         "n_layers": group.model.n_layers,
         "parameters": sum(leaf.size for leaf in one_run) // len(group.runs),
         "state_bytes": state_bytes(group.model, most_positions),

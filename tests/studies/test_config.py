@@ -49,6 +49,8 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
         ("grid.widths", "8,x", "config.grid.widths = '8,x': expected widths with commas between."),
         ("grid.learning_rates", "0", "config.grid.learning_rates = '0': expected positive numbers."),
         ("grid.seeds", 0, "config.grid.seeds = 0: expected at least 1."),
+        ("grid.initial_steps", "0.1", "config.grid.initial_steps = '0.1': expected ranges MIN-MAX with commas"),
+        ("grid.initial_steps", "1-0.1", "config.grid.initial_steps = '1-0.1': expected ranges of positive numbers"),
         ("optimizer.learning_rate", 0.5, "grid.learning_rates has the learning rates"),
         ("optimizer.beta1", 1.0, "config.optimizer.beta1 = 1.0"),
         ("train.stages", "4:6,8", "config.train.stages = '4:6,8': expected LENGTH:STEPS"),
@@ -94,12 +96,22 @@ def test_groups(small_study):
         make_groups(study, ["parit"])
 
 
+def test_initial_steps_are_a_setting_of_models_that_have_steps(small_study):
+    groups = make_groups(small_study(grid__models="mamba2,transformer", grid__initial_steps="0.001-0.1,0.5-1"))
+    assert [group.name for group in groups] == [
+        "parity-mamba2-8-0.001-0.1",
+        "parity-mamba2-8-0.5-1",
+        "parity-transformer-8",
+    ]
+    assert [(group.model.dt_min, group.model.dt_max) for group in groups[:2]] == [(0.001, 0.1), (0.5, 1.0)]
+
+
 @pytest.mark.parametrize("path", _PRESETS, ids=lambda path: path.stem)
 def test_presets(path):
     study = read_config(path, {}, build_study)
     grid = study.grid
     groups = make_groups(study)
-    assert len(groups) == len(grid.task_layers) * len(grid.d_models) * len(grid.model_names)
+    assert len(groups) == len(grid.task_layers) * len(grid.d_models) * len(grid.model_names) * len(grid.step_ranges)
     assert len({group.name for group in groups}) == len(groups)
     assert all(len(group.runs) == len(grid.rates) * grid.seeds for group in groups)
 

@@ -47,3 +47,10 @@ def test_tables(groups):
     assert raw[-1] == "60.00 (100.00)"
     parity, _, arithmetic, _ = (row[-1] for row in rows if row[0] == "mamba2")
     assert (parity, arithmetic) == ("-10.00 (-10.00)", "50.00 (50.00)")
+
+
+def test_initial_steps_are_chosen_like_a_width(groups):
+    groups[0]["initial_steps"], groups[2]["initial_steps"] = [0.1, 1.0], [0.001, 0.1]
+    groups[1]["initial_steps"] = None  # of a model that has no steps
+    rows = [line.split("|")[5].strip() for line in tables(groups[:3]).splitlines() if line.startswith("|")]
+    assert rows == ["initial steps", "---", "0.1 to 1.0", "none"] * 2
