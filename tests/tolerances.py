@@ -18,6 +18,10 @@ GOLDEN_ROUNDING = 2.0**-24
 GOLDEN_PHASE = 2 * 2.0**-22
 
 
+# A function of one number, written out in float32: its largest relative error, of eight roundings by half a unit in the
+# last place. They rarely point the same way: on average a fourth of it.
+FLOAT32_FUNCTION = 8 * 2.0**-24
+
 # Numbers under this one are 0 in float32 (its smallest normal number is 1.2e-38).
 FLOAT32_UNDERFLOW = 1e-37
 
