@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..rms_norm import rms_norm
 from .inputs import Sequence, accumulator_dtype
 from .state import Mamba3State
 
@@ -86,8 +87,8 @@ def mamba3_coefficients(
     return {
         "x": x.reshape(*lead, heads, -1),
         "z": z.reshape(*lead, heads, -1),
-        "b": _normalised(b.reshape(*lead, rank, groups, n), b_norm, norm_eps),
-        "c": _normalised(c.reshape(*lead, rank, groups, n), c_norm, norm_eps),
+        "b": rms_norm(b.reshape(*lead, rank, groups, n), b_norm, norm_eps, b.dtype),
+        "c": rms_norm(c.reshape(*lead, rank, groups, n), c_norm, norm_eps, c.dtype),
         "dt": dt,
         "a": jnp.minimum(-A_ACTIVATIONS[a_activation](a), -a_floor),
         "lam": jax.nn.sigmoid(lam) if fixed_lambda is None else jnp.full_like(dt, fixed_lambda),
@@ -132,10 +133,3 @@ def checked_groups(projected: jax.Array, weights: ProjectionWeights, rule: Rule,
             f"which is {least} + {of_a_group}g for g groups."
         )
     return groups
-
-
-def _normalised(v: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """RMSNorm over the last axis, in float32 or better, returned in v's dtype."""
-    wide = v.astype(accumulator_dtype(v))
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * weight.astype(wide.dtype).reshape((1,) * (v.ndim - 1) + (-1,))).astype(v.dtype)

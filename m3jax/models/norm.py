@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from m3jax.kernels.rms_norm import rms_norm
+
 EPSILON = 1e-5  # of every norm of the released models
 
 
@@ -28,6 +30,4 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., n] → [..., n]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
-        return (x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+        return rms_norm(x, scale, EPSILON, self.dtype)
