@@ -51,11 +51,15 @@ MOSAIC_CASES = {
     "siso": (dataclasses.replace(WIDE, l=1000, mimo=False), True),
     "siso, many heads": (dataclasses.replace(MANY_HEADS, mimo=False), False),
     "mimo": (dataclasses.replace(WIDE, l=1000, r=4), True),
+    "mimo, one head a program": (dataclasses.replace(WIDE, l=130, r=4), False),
+    "rank 2, one head a program": (dataclasses.replace(WIDE, r=2), True),
     "rank 2, many heads": (dataclasses.replace(MANY_HEADS, r=2), True),
     "no rotation": (dataclasses.replace(WIDE, s=0, mimo=False), True),
     "norm": (dataclasses.replace(WIDE, norm=True, mimo=False), False),
     "norm, many heads, mimo": (dataclasses.replace(MANY_HEADS, norm=True, r=4), False),
     "bare": (dataclasses.replace(WIDE, bare=True), True),
+    "bare, rank 2": (dataclasses.replace(WIDE, r=2, bare=True), True),
+    "bare, rank 4": (dataclasses.replace(WIDE, r=4, bare=True), False),
     "narrow state": (dataclasses.replace(WIDE, n=64, s=16, mimo=False), True),
 }
 PACKED = ("siso", "mimo")

@@ -244,8 +244,14 @@ def store_counted(out, v: jax.Array, ranks: int, simulated: bool) -> None:
         row = arith.addi(in_warp, arith.muli(arith.shrui(thread, c(5, i32)), c(16, i32)))
         at = arith.addi(arith.muli(row, c(ranks // 2, i32)), pair)
         pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [at], two)
-        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.ult, pair, c(ranks // 2, i32))):
-            for k, register in enumerate(v.registers.flat):
-                llvm.store(register, mgpu.utils.getelementptr(pointer, [8 * k * (ranks // 2)], two), alignment=8)
+        # No branch: the compiler would pull a wait for products between two of these into both of its arms, and threads
+        # of a warp that wait at different places wait for ever.
+        code = f"{{ .reg .pred p; setp.lt.u32 p, $0, {ranks // 2}; @p st.global.v2.f32 [$1], {{$2, $3}}; }}"
+        for k, register in enumerate(v.registers.flat):
+            place = mgpu.utils.getelementptr(pointer, [8 * k * (ranks // 2)], two)
+            numbers = [vector.extract(register, [], [e]) for e in range(2)]
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"), [pair, place, *numbers], code, "r,l,f,f,~{memory}", has_side_effects=True
+            )
 
     inline(out, v)

@@ -41,7 +41,7 @@ _MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
 
 def unsupported(seq: Sequence, weights: Weights, chunk_size: int | None) -> str | None:
     """Why the kernels cannot take these inputs, or run here; None if they can."""
-    return _unsupported_here() or _unsupported_inputs(seq, weights, chunk_size) or _untried(seq, weights)
+    return _unsupported_here() or _unsupported_inputs(seq, weights, chunk_size)
 
 
 def _unsupported_here() -> str | None:
@@ -74,22 +74,6 @@ def _unsupported_inputs(seq: Sequence, weights: Weights, chunk_size: int | None)
     if max(seq.x.size, seq.b.size // n * N, batch * heads * P * N) >= _MAX_ELEMENTS:
         return "x, b or the state has 2^31 elements or more; the Mosaic GPU kernels take fewer: split the batch"
     return batch_too_large(batch)
-
-
-def _untried(seq: Sequence, weights: Weights) -> str | None:
-    """Of MIMO whose read-out is another kernel's: on a GPU rank 2 has not come to its end (docs/performance.md)."""
-    batch, length, heads, _ = seq.x.shape
-    rank = seq.b.shape[2]
-    if rank == 1 or not _is_read_out_elsewhere(seq, weights):
-        return None
-    if rank == 2:
-        return "there is no gate, or a norm before it; the Mosaic GPU kernels take that at ranks 1 and 4"
-    if choose_segments(batch, length, heads, _POSITIONS[rank]) > 1:
-        return (
-            f"there is no gate, or a norm before it, and {batch * heads} heads of the batch leave the GPU to several "
-            "segments of a sequence; that has not been run with the Mosaic GPU kernels"
-        )
-    return None
 
 
 def _is_read_out_elsewhere(seq: Sequence, weights: Weights) -> bool:

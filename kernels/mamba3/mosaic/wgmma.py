@@ -62,7 +62,7 @@ def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, 
         for k in range(0, depth, 16):
             part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, deep)
             registers = issue(registers, part, descriptor(right, k, deep), n, transposes)
-        assembly("wgmma.commit_group.sync.aligned;")
+        nvvm.wgmma_commit_group_sync_aligned()
         return array_of(IN_FLIGHT, (64, n), np.array(registers))
 
     types = (WG if in_registers else _type(a), _type(b)) + ((IN_FLIGHT,) if acc is not None else ())
@@ -108,7 +108,7 @@ def settle(v: jax.Array, in_flight: int, simulated: bool) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(IN_FLIGHT,), return_type=plgpu.ShapeDtypeStruct(v.shape, v.dtype, layout=WG))
     def inline(ctx, array):
-        assembly(f"wgmma.wait_group.sync.aligned {in_flight};")
+        nvvm.wgmma_wait_group_sync_aligned(in_flight)
         return fragmented_array.optimization_barrier(array).to_layout(WG.to_mgpu())
 
     return inline(v)
@@ -163,11 +163,6 @@ def issue(acc, a, b: tuple[ir.Value, int, int], n: int, transposes: list[bool]) 
         asm_dialect=0, has_side_effects=True,
     )  # fmt: skip
     return [llvm.extractvalue(one, outputs, [k]) for k in range(count)]
-
-
-def assembly(code: str) -> None:
-    """One instruction without operands."""
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
 
 
 def words(array: mgpu.FragmentedArray) -> list[ir.Value]:
