@@ -1,11 +1,13 @@
 """Times whole models: prefill of n tokens, then n new ones drawn by the engine's loop, beside the floor and the paper.
 
 PYTHONPATH=. python experiments/latency/engine.py --json OUT [--models siso mimo] [--lengths 512 2048] [--batches 1 128]
+PYTHONPATH=. python experiments/latency/engine.py --json OUT --merge A.json B.json ...
 
 Weights are random bfloat16 in the shapes of the 1b configs, the transformer in that of Llama 3.2 1B; the recurrent
-state is float32 and bfloat16. Before a model is timed, its logits after a prefill and some steps are compared with
-those of the whole sequence at once. Every row is written to OUT as it is measured; a plot to OUT with .png. A cell
-that runs out of memory says so, and the others go on.
+state is float32 and bfloat16, keys and values bfloat16. Before a model is timed, its logits after a prefill and some
+steps are compared with those of the whole sequence at once. Every row is printed (Markdown) and written to OUT as it is
+measured; then two plots. A cell that needs more memory than there is says so, and the others go on. --merge makes one
+report of several, each of some of the cells, for example of a GPU each.
 
 A prefill goes through the batch some rows at a time, as the engine's does. Decoding draws at temperature 1. What would
 take longer than --seconds is timed in part: `extrapolated_from` in a row is how many of the prefill's calls, or of the
@@ -25,12 +27,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.latency import engine_report
 from experiments.latency.scan import ceilings
 from m3jax.circumstances import circumstances
-from m3jax.cli import read_config
+from m3jax.cli import read_config, run_main
 from m3jax.config import ModelConfig
 from m3jax.inference.cache import put_rows
 from m3jax.inference.rows import Rows, decode, empty_rows
@@ -137,15 +139,51 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def memory() -> dict[str, int]:
+    """The device's own account of its memory in bytes; empty where it keeps none."""
+    return jax.devices()[0].memory_stats() or {}
+
+
+def check_room(params: PyTree, *makers: Callable[[], PyTree]) -> None:
+    """Raises NoRoomError unless the device has room for parameters and for what the makers would make.
+
+    To try is no way to learn it: a GPU program that finds no room for one of its results never frees those that it has
+    found room for (XLA's GpuExecutable::GenerateBufferAllocations), so that the whole process has no memory thereafter.
+    What such a program left behind counts as taken.
+    """
+    account = memory()
+    if "bytes_limit" not in account:
+        return
+    weights = tree_bytes(params)
+    needed = weights + sum(tree_bytes(jax.eval_shape(maker)) for maker in makers)
+    lost = max(0, account["bytes_in_use"] - weights)
+    if needed > account["bytes_limit"] - lost:
+        there = f"needs {needed / 1e9:.1f} GB, the device has {account['bytes_limit'] / 1e9:.1f}"
+        raise NoRoomError(there + f", of which {lost / 1e9:.1f} are taken" * (lost > 1e8))
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Of all arrays, or of what stands for them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class NoRoomError(Exception):
+    """A cell that the device has no memory for; the message gives sizes."""
+
+
 class Cell:
     """One model at one batch and length: its rows on the device, and what takes how long."""
 
     def __init__(self, model: LanguageModel, params: PyTree, batch: int, length: int, options: argparse.Namespace):
         self.model, self.params, self.batch, self.length, self.options = model, params, batch, length, options
-        self.rows = empty_rows(model, batch, 2 * length, 8)
         at_once = max(1, min(batch, options.prefill_tokens // length))
         self.at_once = max(r for r in range(1, at_once + 1) if batch % r == 0)
+        check_room(params, self._empty, lambda: model.initial_state(self.at_once, length))
+        self.rows = jax.block_until_ready(self._empty())
         self.prompts = random_tokens(model, self.at_once, length)
+
+    def _empty(self) -> Rows:
+        return empty_rows(self.model, self.batch, 2 * self.length, 8)
 
     def _fill(self, calls: int) -> jax.Array:
         for i in range(calls):
@@ -188,8 +226,8 @@ class Cell:
             if isinstance(layer, AttentionState):
                 state += (layer.keys.nbytes + layer.values.nbytes) // 2  # half of the room is taken
             else:
-                state += 2 * sum(v.nbytes for v in jax.tree.leaves(layer))
-        weights = sum(v.nbytes for v in jax.tree.leaves(self.params))
+                state += 2 * tree_bytes(layer)
+        weights = tree_bytes(self.params)
         tera = self.batch * self.length * sum(flops.values()) / 1e12
         return {
             "prefill_s": tera / limits["matmul_TFLOP_per_s"],
@@ -206,6 +244,8 @@ def measure_cell(
     try:
         cell = Cell(model, params, batch, length, options)
         row = cell.measure()
+    except NoRoomError as error:
+        return {"failed": str(error)}
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         return {"failed": "out of memory" if "RESOURCE_EXHAUSTED" in text else text[:500]}
@@ -224,50 +264,13 @@ def paper_figures(name: str, batch: int, length: int) -> dict[str, float]:
     return {"paper": {"prefill_s": prefill, "prefill_and_decode_s": both}}
 
 
-def show(row: dict[str, Any]) -> str:
-    """A line of the table."""
-    label = f"{row['model']} state {row['state_dtype']} B{row['batch']} n{row['length']}"
-    if "failed" in row:
-        return f"{label:40s}  {row['failed']}"
-    prefill, step, floor = row["prefill_s"]["median"], row["step_ms"]["median"], row["floor"]
-    paper = (
-        "".join(f"{row['paper'][key]:12.2f}" for key in ("prefill_s", "prefill_and_decode_s")) if "paper" in row else ""
-    )
-    part = " *" if "extrapolated_from" in row else "  "
-    return (
-        f"{label:40s}{prefill:12.4f} ({prefill / floor['prefill_s']:5.2f}){step:12.3f} ({step / floor['step_ms']:5.2f})"
-        f"{row['prefill_and_decode_s']:12.3f}{part}{paper}"
-    )
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Seconds of prefill and decoding over the length, an axis for each batch; the paper's as crosses."""
-    rows = [row for row in report["rows"] if "failed" not in row]
-    batches = sorted({row["batch"] for row in rows})
-    if not rows:
-        return
-    figure, axes = plt.subplots(1, len(batches), figsize=(5 * len(batches), 4.5), sharey=True, squeeze=False)
-    for axis, batch in zip(axes[0], batches, strict=True):
-        for name, dtype in dict.fromkeys((row["model"], row["state_dtype"]) for row in rows):
-            own = [row for row in rows if (row["model"], row["state_dtype"], row["batch"]) == (name, dtype, batch)]
-            lengths, times = [r["length"] for r in own], [r["prefill_and_decode_s"] for r in own]
-            (line,) = axis.plot(lengths, times, "o-" if dtype == "float32" else "o--", label=f"{name}, {dtype} state")
-            paper = [(r["length"], r["paper"]["prefill_and_decode_s"]) for r in own if "paper" in r]
-            if paper:
-                axis.plot(*zip(*paper, strict=True), "x", color=line.get_color())
-        axis.set(xscale="log", yscale="log", xlabel="n", title=f"batch {batch}, {report['device']}")
-    axes[0][0].set_ylabel("seconds for a prompt of n and n more (x: paper)")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; --quick changes the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--json", type=Path, required=True, metavar="OUT")
+    add("--images", type=Path, metavar="DIR", help="of the two plots (default: that of OUT)")
+    add("--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing, merge these into OUT")
     add("--commit", help="what is measured, for the record")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS))
     add("--state-dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
@@ -285,19 +288,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Checks and times the cells one by one; prints a table, writes JSON and a plot."""
-    options = parse(argv)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Checks and times the cells one by one; prints and writes each row."""
     limits = ceilings(2**22, 256) if options.quick else ceilings()
     report = circumstances(options.commit) | {"quick": options.quick, "ceilings": limits, "errors": {}, "rows": []}
-    print(json.dumps(limits), flush=True)
-    print(
-        f"{'(x floor; *: extrapolated)':40s}{'prefill s':>20s}{'step ms':>20s}{'both s':>12s}"
-        f"{'paper: prefill, both':>26s}"
-    )
+    print(json.dumps(limits))
+    print(engine_report.head(), flush=True)
     for name in options.models:
-        params = make_params(make_model(name, "float32", options.quick))
-        for state_dtype in options.state_dtypes[:1] if name == "transformer" else options.state_dtypes:
+        # Attention keeps keys and values in the model's dtype, whatever that of a recurrent state.
+        state_dtypes = ["bfloat16"] if name == "transformer" else options.state_dtypes
+        params = make_params(make_model(name, state_dtypes[0], options.quick))
+        for state_dtype in state_dtypes:
             model = make_model(name, state_dtype, options.quick)
             report["errors"][f"{name} state {state_dtype}"] = check(model, params)
             for batch in options.batches:
@@ -306,10 +307,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                     row |= measure_cell(model, params, batch, length, options, limits)
                     report["rows"].append(row | paper_figures(name, batch, length))
                     options.json.write_text(json.dumps(report, indent=1) + "\n")  # kept, whatever comes next
-                    print(show(report["rows"][-1]), flush=True)
+                    print(engine_report.line(engine_report.cells(report["rows"][-1])), flush=True)
         del params
-    plot(report, options.json.with_suffix(".png"))
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures or merges; prints the table, writes JSON and plots."""
+    options = parse(argv)
+    if options.merge:
+        report = engine_report.merge([json.loads(path.read_text()) for path in options.merge])
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(engine_report.table(report))
+    else:
+        report = measure(options)
+    engine_report.plot(report, options.images or options.json.parent, options.json.stem)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
