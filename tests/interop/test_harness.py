@@ -1,5 +1,6 @@
 """lm-evaluation-harness on tasks of local data: its numbers against direct computations. Skipped without lm_eval."""
 
+import functools
 import json
 
 import jax
@@ -105,7 +106,8 @@ def write_tasks(folder, rows):
         (folder / f"{name}.yaml").write_text(f"task: m3jax_{name}\n{COMMON.format(file=file)}{text}")
 
 
-def test_command_on_local_tasks(run, log_p, tmp_path, capsys):
+def test_command_on_local_tasks(run, log_p, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))  # reads 14,000 files
     workdir, model, params = run
     prompts = ["In the beginning", "And", "And he said unto"]
     answers = generate_text(model, params, BYTES, prompts, max_new_tokens=8, temperature=0, stop=["e"])
