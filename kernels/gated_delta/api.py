@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from ..gpu import no_triton_here, partitioned
+from ..choice import require_known, takes_triton
+from ..gpu import no_triton_here
 from . import reference, step, xla
 from .inputs import Sequence, check_inputs, of_unit_length
 from .walk import walk_in_jax
@@ -65,14 +66,14 @@ def gated_delta_scan(
     check_inputs(seq, initial_state, segment_ids)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size}; expected at least 1.")
-    _require_known(implementation)
+    require_known(implementation, _IMPLEMENTATIONS)
     seq = of_unit_length(seq, unit_eps)
     state = _state(seq, initial_state)
     if implementation == "reference":
         o, state = reference.scan(seq, state, segment_ids)
         return (o, state) if return_state else o
     chunk = min(chunk_size or xla.CHUNK, seq.v.shape[1])
-    in_triton = _takes_triton(implementation, no_triton_here() or triton_walk.unsupported(seq, chunk))
+    in_triton = takes_triton(implementation, no_triton_here() or triton_walk.unsupported(seq, chunk))
     o, state = xla.scan(chunk, triton_walk.walk_in_triton if in_triton else walk_in_jax, seq, state, segment_ids)
     return (o, state) if return_state else o
 
@@ -102,26 +103,14 @@ def gated_delta_step(
     """
     token = Sequence(q, k, v, log_decay, beta)
     check_inputs(token, state, None)
-    _require_known(implementation)
+    require_known(implementation, _IMPLEMENTATIONS)
     if implementation == "reference":
         o, new_state = reference.step(of_unit_length(token, unit_eps, wide=True), _state(token, state))
-    elif _takes_triton(implementation, no_triton_here() or triton_step.unsupported(token, state)):
+    elif takes_triton(implementation, no_triton_here() or triton_step.unsupported(token, state)):
         o, new_state = triton_step.step(token, state, unit_eps)
     else:
         o, new_state = step.step(of_unit_length(token, unit_eps, wide=True), state)
     return o, new_state.astype(state.dtype)
-
-
-def _require_known(implementation: str | None) -> None:
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(f"implementation = {implementation!r}; expected None or one of {', '.join(_IMPLEMENTATIONS)}.")
-
-
-def _takes_triton(implementation: str | None, why_not: str | None) -> bool:
-    """Whether the kernel runs; `why_not`: the reason why it cannot."""
-    if implementation == "triton" and why_not is not None:
-        raise ValueError(f'implementation = "triton" cannot run here: {why_not}.')
-    return implementation == "triton" or (implementation is None and why_not is None and not partitioned())
 
 
 def _state(seq: Sequence, state: jax.Array | None) -> jax.Array:

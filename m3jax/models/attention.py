@@ -1,6 +1,5 @@
 """Causal self-attention as in Llama: grouped queries, rotary positions or none, a cache of keys and values."""
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -8,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig, round_up
+from m3jax.kernels import cached_attention_step
+from m3jax.kernels.cached_attention import xla
 from m3jax.kernels.products import operand_dtype
 from m3jax.models import document_attention
 from m3jax.models.linear import Linear, closing_gain
@@ -53,6 +54,8 @@ class Attention(nn.Module):
             q, k = (rotate(t, position, m.rope_theta) for t in (q, k))
         if state is None:
             y = on_own_rows(lambda rows, _: attend(**rows), {"q": q, "k": k, "v": v, "segment_ids": segment_ids}, {})
+        elif u.shape[1] == 1:
+            y, state = _step(state, q[:, 0], k[:, 0], v[:, 0], m.scan_implementation)
         else:
             y, state = _attend_from(state, q, k, v, segment_ids)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y.reshape(*u.shape[:2], -1))
@@ -106,25 +109,29 @@ def _fused(q: jax.Array, masked: bool) -> bool:
     return on_gpu and takes and not (masked and length % 2)
 
 
+def _step(
+    state: AttentionState, q: jax.Array, k: jax.Array, v: jax.Array, scan_implementation: str | None
+) -> tuple[jax.Array, AttentionState]:
+    """Attention of one new token [b, ...] to itself and the cache, and the cache with it."""
+    # What a scan is told binds attention in so far as it is told to do without kernels.
+    implementation = "xla" if scan_implementation in ("reference", "xla") else None
+    y, keys, values = cached_attention_step(q, k, v, *state, implementation=implementation)
+    return y, state._replace(keys=keys, values=values, length=state.length + 1)
+
+
 def _attend_from(
     state: AttentionState, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, AttentionState]:
     """Attention of new tokens [b, l, ...] to themselves and the cache, and the cache with them."""
-    batch, n_new = q.shape[:2]
+    n_new = q.shape[1]
     position = state.length[:, None] + jnp.arange(n_new)[None]  # [b, l]
-    rows = jnp.arange(batch)[:, None]
-    keys, values = (
-        cache.at[rows, :, position].set(new.astype(cache.dtype), mode="drop")
-        for cache, new in ((state.keys, k), (state.values, v))
-    )
+    keys, values = xla.put(state.keys, k, position), xla.put(state.values, v, position)
     start = jnp.broadcast_to(state.start[:, None], position.shape)  # where the document of each new token starts
     if segment_ids is not None:
         changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
         start = jax.lax.cummax(jnp.where(changed, position, start), axis=1)
     after = AttentionState(keys, values, state.length + n_new, start[:, -1])
 
-    if n_new == 1:
-        return _attend_to_cache(q, after, position, start), after
     # Prompts mostly come first, and then need nothing of the cache.
     first = jnp.all(state.length == 0)
     y = jax.lax.cond(first, lambda: attend(q, k, v, segment_ids), lambda: _attend_to_cache(q, after, position, start))
@@ -134,30 +141,17 @@ def _attend_from(
 def _attend_to_cache(q: jax.Array, cache: AttentionState, position: jax.Array, start: jax.Array) -> jax.Array:
     """Attention of tokens [b, l, h, d] to what the cache has from their documents' starts to their own positions."""
     batch, length, heads, width = q.shape
-    kv, accumulator, operand = cache.keys.shape[1], jnp.promote_types(q.dtype, jnp.float32), operand_dtype(q.dtype)
-
-    def attend_some(some: tuple[jax.Array, ...]) -> jax.Array:
-        q, position, start = some
-        slot = jnp.arange(cache.keys.shape[2])[None, None]
-        visible = (slot <= position[..., None]) & (slot >= start[..., None])  # [b, l, m]
-        grouped = q.reshape(batch, -1, kv, heads // kv, width).astype(operand)
-        scores = jnp.einsum(
-            "blkgd,bkmd->bkglm", grouped, cache.keys.astype(operand), preferred_element_type=accumulator
-        )
-        shares = jax.nn.softmax(jnp.where(visible[:, None, None], scores / math.sqrt(width), -jnp.inf), axis=-1)
-        y = jnp.einsum(
-            "bkglm,bkmd->blkgd", shares.astype(operand), cache.values.astype(operand),
-            preferred_element_type=accumulator,
-        )  # fmt: skip
-        return y.reshape(q.shape).astype(q.dtype)
-
     if length <= _QUERIES:
-        return attend_some((q, position, start))
+        return xla.attend(q, cache.keys, cache.values, position, start)
     more = round_up(length, _QUERIES) - length
 
     def in_pieces(v: jax.Array) -> jax.Array:
         v = jnp.pad(v, ((0, 0), (0, more)) + ((0, 0),) * (v.ndim - 2))
         return jnp.moveaxis(v.reshape(batch, -1, _QUERIES, *v.shape[2:]), 1, 0)
+
+    def attend_some(some: tuple[jax.Array, ...]) -> jax.Array:
+        q, position, start = some
+        return xla.attend(q, cache.keys, cache.values, position, start)
 
     y = jax.lax.map(attend_some, jax.tree.map(in_pieces, (q, position, start)))
     return jnp.moveaxis(y, 0, 1).reshape(batch, -1, heads, width)[:, :length]

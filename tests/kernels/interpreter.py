@@ -7,6 +7,7 @@ import numpy as np
 from triton.runtime import interpreter
 
 from m3jax.kernels import triton_launch
+from m3jax.kernels.cached_attention import api as cached_attention_api
 from m3jax.kernels.gated_delta import api as gated_delta_api
 from m3jax.kernels.mamba3 import api
 
@@ -21,6 +22,9 @@ def _patch_tensors_for_numpy(tensor, scope) -> None:
 
 interpreter._patch_lang_tensor = _patch_tensors_for_numpy
 
+
+# Kernels that write only some of an array that they update in place.
+_WRITE_IN_PART = ("_attend",)
 
 # The interpreter patches the language's module while a kernel runs; XLA runs callbacks in threads of its own.
 _ONE_AT_A_TIME = threading.Lock()
@@ -71,6 +75,7 @@ def call_kernel(kernel, args, scalars, out, grid, warps, constants, aliases):
     # Here no output lies on an input; that the pairs match is checked.
     for source, target in (aliases or {}).items():
         assert (args[source].shape, args[source].dtype) == (out[target].shape, out[target].dtype)
+    left_as_it_is = aliases if kernel.__name__ in _WRITE_IN_PART else {}
     # The hardware's approximations are inline assembly, which the interpreter cannot read.
     constants = constants | {"FAST": False}
 
@@ -79,6 +84,8 @@ def call_kernel(kernel, args, scalars, out, grid, warps, constants, aliases):
         outputs = [
             np.full(v.shape, -1 if np.issubdtype(v.dtype, np.integer) else np.nan, _interpretable(v.dtype)) for v in out
         ]
+        for source, target in left_as_it_is.items():
+            outputs[target][:] = inputs[source]
         pointers = [_Pointer(v) for v in inputs], [_Pointer(v) for v in outputs]
         with _ONE_AT_A_TIME, np.errstate(all="ignore"):
             kernel[grid](*pointers[0], *(v if isinstance(v, int) else float(v) for v in scalars.values()),
@@ -102,5 +109,5 @@ def launches(function, *args) -> int:
 def use(monkeypatch) -> None:
     """Makes scans and steps take implementation="triton" on this machine, and run it here."""
     monkeypatch.setattr(triton_launch, "call_kernel", call_kernel)
-    for module in (api, gated_delta_api):
+    for module in (api, cached_attention_api, gated_delta_api):
         monkeypatch.setattr(module, "no_triton_here", lambda: None)

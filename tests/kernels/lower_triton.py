@@ -16,6 +16,7 @@ import triton.language as tl
 from jax_triton import triton_lib
 
 from m3jax.kernels import (
+    cached_attention_step,
     gated_delta_scan,
     gated_delta_step,
     gpu,
@@ -105,6 +106,21 @@ def lower_gated_delta_step(dtype: str) -> None:
         assert text.count("custom_call @triton_kernel_call_ffi") == 1 and "output_operand_alias" in text
 
 
+def lower_cached_attention(dtype: str) -> None:
+    """One token at the narrowest, the configs' and the greatest width, in place; alone and under vmap."""
+
+    def step(*args):
+        return cached_attention_step(*args, implementation="triton")
+
+    for batch, kv, group, width, room in ((130, 8, 4, 64, 300), (1, 2, 1, 256, 600), (1, 1, 32, 16, 600)):
+        new, cache = jnp.zeros((batch, kv, width), dtype), jnp.zeros((batch, kv, room, width), dtype)
+        none = jnp.zeros(batch, jnp.int32)
+        args = jnp.zeros((batch, kv * group, width), dtype), new, new, cache, cache, none, none
+        for text in (lower(step, *args), lower(jax.vmap(step), *(jnp.stack([v] * 3) for v in args))):
+            assert text.count("custom_call @triton_kernel_call_ffi") == 1 + (room > 512)  # parts to be put together
+            assert text.count("output_operand_alias<output_tuple_indices") == 2
+
+
 @triton.jit
 def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
@@ -153,6 +169,7 @@ def main() -> None:
         lower_step(MIMO, "float32")
         lower_gated_delta_step("float32")
     lower_gated_delta("float32" if capability == 80 else "bfloat16")  # the most memory where there is the least
+    lower_cached_attention("float32" if capability == 80 else "bfloat16")
     lower_aliases()
     print(json.dumps(taken))
 

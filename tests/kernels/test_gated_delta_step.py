@@ -9,8 +9,8 @@ pytest.importorskip("jax_triton", exc_type=ImportError)
 import triton
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import gated_delta_step
-from m3jax.kernels.gated_delta import api, triton_step
+from m3jax.kernels import choice, gated_delta_step
+from m3jax.kernels.gated_delta import triton_step
 from m3jax.kernels.gated_delta.inputs import Sequence
 from m3jax.models import gated_deltanet
 from tests import tolerances
@@ -140,7 +140,7 @@ def test_runs_are_one_launch():
     (None, 1, 1), (None, 8, 0), ("triton", 8, 1), ("xla", 1, 0), ("reference", 1, 0),
 ])  # fmt: skip
 def test_public_step_runs_what_is_asked_for(implementation, devices, launches, monkeypatch):
-    monkeypatch.setattr(api, "partitioned", lambda: devices > 1)
+    monkeypatch.setattr(choice, "partitioned", lambda: devices > 1)
     tokens, state = _inputs(10, 12)
 
     def step(token, state):
@@ -150,7 +150,7 @@ def test_public_step_runs_what_is_asked_for(implementation, devices, launches, m
 
 
 def test_what_the_kernel_cannot_take_is_left_to_xla(monkeypatch, x64):
-    monkeypatch.setattr(api, "partitioned", lambda: False)
+    monkeypatch.setattr(choice, "partitioned", lambda: False)
     tokens, start = _inputs(2, 513)
     for name, dtype, reason in (
         ("wide keys", "float32", "keys are 513 wide; the Triton step takes up to 512"),

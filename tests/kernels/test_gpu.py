@@ -11,6 +11,7 @@ import pytest
 
 from m3jax.kernels import (
     Mamba3State,
+    cached_attention_step,
     gated_delta_scan,
     gated_delta_step,
     mamba3_projected_step,
@@ -361,3 +362,33 @@ def test_attention_of_documents(mean_length):
     # The weights, the result, its cotangent and the gradient.
     tolerance = tolerances.narrow_rms("bfloat16", roundings=4)
     _assert_close_to_float64(functools.partial(attend, segment_ids=documents), exact, args, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "kv", "group", "width", "room"), [
+    ("bfloat16", 8, 4, 64, 4096), ("bfloat16", 2, 2, 256, 1000), ("float16", 1, 17, 16, 300),
+    ("float32", 2, 1, 128, 700),
+])  # fmt: skip
+def test_cached_attention_steps_under_jit_with_donation(dtype, kv, group, width, room):
+    """From nothing to beyond the room, later documents; a decoding loop puts its tokens into the cache in place."""
+    length, start = jnp.asarray([0, 1, room // 2, room - 2, room + 5]), jnp.asarray([0, 0, room // 3, 0, 7])
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    cache = tuple(jax.random.normal(next(keys), (5, kv, room, width)).astype(dtype) for _ in range(2))
+    tokens = [jax.random.normal(next(keys), (3, 5, n, width)).astype(dtype) for n in (kv * group, kv, kv)]
+
+    def decode(implementation, cache, tokens):
+        def body(carry, token):
+            *cache, length = carry
+            y, *cache = cached_attention_step(*token, *cache, length, start, implementation=implementation)
+            return (*cache, length + 1), y
+
+        return jax.lax.scan(body, (*cache, length), tokens)
+
+    with jax.enable_x64(True):
+        (*expected_cache, _), expected = decode("xla", *_in_float64((cache, tokens)))
+    (*cache, _), y = jax.jit(decode, static_argnums=0, donate_argnums=1)("triton", cache, tokens)
+    for actual, exact in zip(cache, expected_cache, strict=True):
+        np.testing.assert_array_equal(np.asarray(actual, np.float64), exact)
+    tolerance = tolerances.rounding("float32", width + room)
+    if dtype != "float32":  # the weights and the result
+        tolerance += tolerances.narrow_rms(dtype, roundings=2)
+    assert tolerances.rms_ratio(y, expected) <= tolerance
