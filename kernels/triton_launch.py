@@ -14,7 +14,7 @@ from jax.interpreters import mlir
 from jax_triton import triton_lib
 from jaxlib.mlir import ir
 
-_TARGET = "triton_kernel_call_ffi"  # registered by jaxlib
+TARGET = "triton_kernel_call_ffi"  # registered by jaxlib
 _TYPED_FFI = 4  # the number of XLA's present interface
 _MAX_GRID_AXIS = 65535  # CUDA's, of the second and third axis
 MAX_ELEMENTS = 2**31  # of arrays whose offsets are int32
@@ -30,7 +30,7 @@ def batch_too_large(batch: int) -> str | None:
 # Calls with another target, of whoever else uses jax-triton here, stay as they are.
 def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, **params) -> list[ir.Value]:
     results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, ctx, *args, **params)
-    if params["custom_call_target_name"] == _TARGET:
+    if params["custom_call_target_name"] == TARGET:
         attributes = results[0].owner.attributes
         attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
         attributes["api_version"] = mlir.i32_attr(_TYPED_FFI)
@@ -85,5 +85,5 @@ def call_kernel(kernel, args, scalars, out, grid, warps, constants, aliases) -> 
     """The call itself, arguments as in `launch`."""
     return jax_triton.triton_call(
         *args, *scalars.values(), kernel=kernel, out_shape=list(out), grid=grid, num_warps=warps, num_stages=1,
-        input_output_aliases=aliases, custom_call_target_name=_TARGET, **constants,
+        input_output_aliases=aliases, custom_call_target_name=TARGET, **constants,
     )  # fmt: skip

@@ -36,6 +36,7 @@ SHAPES = {"B8 L2048": (8, 2048), "B1 L16384": (1, 16384), "B1 L2048": (1, 2048)}
 HEADS, HEADDIM, D_STATE, ANGLES = 64, 64, 128, 32
 # Errors that add up along the sequence show at the longer one.
 CHECKED_LENGTHS = (300, 2048)
+CHECKED_HEADS = 4
 # RMS, relative: bfloat16 rounds B, C, scores, states and their cotangents by 2^-9 each, half a dozen in a row; twice
 # that (narrow_rms in tests/tolerances.py).
 TOLERANCE = 1e-2
@@ -72,7 +73,7 @@ def make_inputs(batch: int, length: int, rank: int, heads: int = HEADS, seed: in
 def refusal(scan: Callable, rank: int) -> str | None:
     """Why an implementation does not take such inputs here; None if it does."""
     try:
-        jax.eval_shape(lambda args: scan(**args), make_inputs(1, CHECKED_LENGTHS[0], rank, heads=4))
+        jax.eval_shape(lambda args: scan(**args), make_inputs(1, CHECKED_LENGTHS[0], rank, CHECKED_HEADS))
     except ValueError as error:
         if "cannot run here" not in str(error):
             raise
@@ -90,29 +91,32 @@ def forward_and_backward(scan: Callable) -> Callable:
     return run
 
 
-def check(scan: Callable, rank: int, length: int) -> dict[str, float]:
+def check(scan: Callable, rank: int, length: int, heads: int = CHECKED_HEADS) -> dict[str, float]:
     """RMS error of y and of every gradient over the RMS of the float64 reference; raises over the tolerance."""
-    args = make_inputs(2, length, rank, heads=4)
-    cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
+    args, cotangent = _checked_inputs(rank, length, heads)
     y, gradients = jax.jit(forward_and_backward(scan))(args, cotangent)
     # Without a gradient to come, another kernel may run.
     alone = jax.jit(lambda a: scan(**a))(args)
-    y_exact, gradients_exact = _exact(rank, length)
+    y_exact, gradients_exact = _exact(rank, length, heads)
     values = {"y": y, "y alone": alone} | gradients
     return _compare(values, {"y": y_exact, "y alone": y_exact} | gradients_exact, f"rank {rank}, length {length}")
 
 
 def check_forward(forward: Callable, length: int) -> dict[str, float]:
     """The same for y alone, of a SISO forward that takes the arguments as a dict."""
-    y = jax.jit(forward)(make_inputs(2, length, 1, heads=4))
-    return _compare({"y": y}, {"y": _exact(1, length)[0]}, f"length {length}")
+    y = jax.jit(forward)(_checked_inputs(1, length, CHECKED_HEADS)[0])
+    return _compare({"y": y}, {"y": _exact(1, length, CHECKED_HEADS)[0]}, f"length {length}")
+
+
+def _checked_inputs(rank: int, length: int, heads: int) -> tuple[dict[str, jax.Array], jax.Array]:
+    args = make_inputs(2, length, rank, heads)
+    return args, jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
 
 
 @functools.cache
-def _exact(rank: int, length: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _exact(rank: int, length: int, heads: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """y and gradients of the float64 reference on the inputs of `check`."""
-    args = make_inputs(2, length, rank, heads=4)
-    cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
+    args, cotangent = _checked_inputs(rank, length, heads)
     with jax.enable_x64(True):
         exact = functools.partial(mamba3_scan, implementation="reference")
         wide = jax.tree.map(lambda v: jnp.asarray(np.asarray(v, np.float64)), (args, cotangent))
@@ -147,7 +151,14 @@ def jla_siso(args: dict[str, jax.Array]) -> jax.Array:
 
 
 def milliseconds(function: Callable, *args, repeats: int = 7, calls: int = 20) -> dict[str, float]:
-    """Median, 10th and 90th percentile of a call's time inside a compiled loop.
+    """Median, 10th and 90th percentile of a call's time inside a compiled loop."""
+    run = jax.jit(repeated(function, calls))
+    jax.block_until_ready(run(*args))
+    return time_repeats(run, args, repeats, calls)
+
+
+def repeated(function: Callable, calls: int) -> Callable:
+    """So many calls in a loop, to be compiled; gives the results of the last.
 
     One call a turn, though a turn with one tiny kernel takes 18 us on an H200: of several in a row the compiler drops
     some, whatever the barriers between them.
@@ -162,8 +173,11 @@ def milliseconds(function: Callable, *args, repeats: int = 7, calls: int = 20) -
 
         return jax.lax.fori_loop(0, calls, body, zeros)
 
-    run = jax.jit(loop)
-    jax.block_until_ready(run(*args))
+    return loop
+
+
+def time_repeats(run: Callable, args: tuple, repeats: int, calls: int) -> dict[str, float]:
+    """As `milliseconds`, of a compiled loop of so many calls that has run before."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -6,6 +6,7 @@ the bytes of shared memory each kernel takes, as JSON.
 
 import dataclasses
 import json
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from jax_triton import triton_lib
 
+from experiments.latency import tune
 from m3jax.kernels import (
     cached_attention_step,
     gated_delta_scan,
@@ -24,6 +26,7 @@ from m3jax.kernels import (
     mamba3_scan,
     mamba3_step,
 )
+from m3jax.kernels.mamba3.inputs import Sequence
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.triton_launch import launch
 from tests.kernels.cases import Case, make, make_projected, make_state, segments
@@ -61,6 +64,14 @@ def lower_scan(case: Case, dtype: str, documents: bool, runs: int = 0) -> None:
         args = jax.tree.map(lambda v: jnp.stack([v] * runs), args)
     text = lower(jax.vmap(both) if runs else both, *args)
     assert "stablehlo.while" not in text, "runs that follow one another"
+
+
+def lower_timed_scan(shape: str, rank: int) -> None:
+    """Forward and backward, MIMO in bfloat16, as tune.py's processes lower them and hand them over."""
+    args = jax.eval_shape(lambda: tune.timed_inputs(shape, rank))
+    plan = plans.rules(Sequence(**{name: args[0].get(name) for name in Sequence._fields}))
+    lowered = pickle.loads(pickle.dumps(tune.lower(plan, shape, rank)))
+    assert lower(lowered.call, *args).count("custom_call @triton_kernel_call_ffi") > 8  # segments: some run twice
 
 
 def lower_step(case: Case, dtype: str) -> None:
@@ -157,7 +168,7 @@ def main() -> None:
     if capability < 100:
         lower_scan(SMALL_SISO if capability == 90 else SMALL_MIMO, "float32", documents=True)
     if capability == 90:
-        lower_scan(MIMO, "bfloat16", documents=False)
+        lower_timed_scan("B1 L2048", rank=4)
         with jax.default_matmul_precision("tensorfloat32"):
             lower_scan(STUDY, "float32", documents=True, runs=2)
         lower(lambda args: mamba3_scan(**args, implementation="triton"), arguments(SMALL_SISO, "bfloat16"))
