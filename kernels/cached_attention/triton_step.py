@@ -30,8 +30,8 @@ _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 _LEAST_WIDTH, _MOST_WIDTH = 16, 256
 _LEAST_ROWS = 16  # of a product
 _MOST_QUERY_BYTES = 32 * 1024  # of a group, which a program has in shared memory beside the blocks on their way
-_BLOCK_BYTES, _LEAST_BLOCK, _MOST_BLOCK = 8192, 16, 128  # of keys in one turn of the loop; slots
-_WARPS, _STAGES = 4, 3
+_BLOCK_BYTES, _LEAST_BLOCK, _MOST_BLOCK = 4096, 16, 128  # of keys in one turn of the loop; slots
+_WARPS, _STAGES = 1, 3
 _PROGRAMS, _LEAST_SLOTS, _MOST_PARTS = 1024, 256, 64  # in all; of the room in a part; of a head, put together at once
 
 
