@@ -12,8 +12,8 @@ report of several, each of some of the cells, for example of a GPU each.
 A prefill goes through the batch some rows at a time, as the engine's does. Decoding draws at temperature 1. What would
 take longer than --seconds is timed in part: `extrapolated_from` in a row is how many of the prefill's calls, or of the
 steps, were timed. The floor of a prefill is its products at the device's rate; that of a step the weights, the
-recurrent state twice (read and written) and the keys and values of n tokens, at the rate of a copy, both measured in
-the same run.
+recurrent state twice (read and written) and the keys and values of 3n/2 tokens, at the rate of a copy, both measured in
+the same run. So many tokens are in the caches of attention when steps are timed, as half way through the decoding.
 """
 
 import argparse
@@ -60,6 +60,8 @@ PAPER = {
     "mimo": ((0.60, 1.21, 2.42, 4.76, 19.44), (4.74, 9.48, 18.96, 37.85, 151.81)),
 }
 REPEATS = 3
+# What is only read may arrive so much faster than a copy's bytes do: an H100's memory has 3.35 TB/s, a copy 2.4.
+READ_OVER_COPY = 1.4
 CHECKED_PROMPT, CHECKED_STEPS = 60, 6
 
 
@@ -124,6 +126,17 @@ def enter(rows: Rows, first: jax.Array, state: PyTree, token: jax.Array, length:
     state, token = put_rows((rows.state, rows.token), first, (state, token))
     endless = jnp.full_like(rows.left, jnp.iinfo(jnp.int32).max)
     return rows._replace(state=state, token=token, length=jnp.full_like(rows.length, length), left=endless)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def with_tokens(rows: Rows, tokens: int) -> Rows:
+    """The rows with so many tokens in every cache of keys and values, whatever is there."""
+
+    def in_layer(state: PyTree) -> PyTree:
+        is_cache = isinstance(state, AttentionState)
+        return state._replace(length=jnp.full_like(state.length, tokens)) if is_cache else state
+
+    return rows._replace(state=jax.tree.map(in_layer, rows.state, is_leaf=lambda v: isinstance(v, AttentionState)))
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
@@ -193,8 +206,9 @@ class Cell:
 
     def _decode(self, steps: int) -> jax.Array:
         ended = np.zeros(self.batch, bool)
+        half_way = with_tokens(self.rows, np.int32((3 * self.length - steps) // 2))
         self.rows, drawn = decode(
-            self.model, self.params, self.rows, ended, np.int32(steps), None, most=self.options.steps
+            self.model, self.params, half_way, ended, np.int32(steps), None, most=self.options.steps
         )
         return drawn.tokens
 
@@ -224,7 +238,7 @@ class Cell:
         state = 0
         for layer in self.rows.state:
             if isinstance(layer, AttentionState):
-                state += (layer.keys.nbytes + layer.values.nbytes) // 2  # half of the room is taken
+                state += (layer.keys.nbytes + layer.values.nbytes) * 3 // 4  # of room for 2n tokens
             else:
                 state += 2 * tree_bytes(layer)
         weights = tree_bytes(self.params)
@@ -250,8 +264,8 @@ def measure_cell(
         text = str(error)
         return {"failed": "out of memory" if "RESOURCE_EXHAUSTED" in text else text[:500]}
     floor = cell.floors(limits)
-    for name in ("prefill_s", "step_ms"):
-        if not options.quick and row[name]["median"] < floor[name]:
+    for name, faster in (("prefill_s", 1.0), ("step_ms", READ_OVER_COPY)):
+        if not options.quick and row[name]["median"] < floor[name] / faster:
             raise AssertionError(f"{row}: {name} is under the floor {floor}; what was timed is not the model.")
     return row | {"floor": floor}
 

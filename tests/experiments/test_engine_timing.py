@@ -4,6 +4,7 @@ import argparse
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.latency import engine, engine_report
@@ -27,6 +28,16 @@ def test_quick_run(tmp_path, capsys):
     assert engine_report.table(report) in capsys.readouterr().out
     for image in ("out.png", "out_roofline.png"):
         assert (tmp_path / image).stat().st_size > 1000
+
+
+def test_steps_are_timed_half_way_through_the_decoding():
+    """A step of attention reads what is filled: all rows, though few of their prompts may have been timed."""
+    model = engine.make_model("hybrid", "bfloat16", quick=True)
+    options = argparse.Namespace(prefill_tokens=32, steps=8, seconds=0.01)
+    cell = engine.Cell(model, engine.make_params(model), 2, 32, options)
+    timed = cell.measure()["extrapolated_from"]["steps"]
+    (cache,) = [state for state in cell.rows.state if isinstance(state, engine.AttentionState)]
+    np.testing.assert_array_equal(cache.length, [(3 * 32 - timed) // 2 + timed] * 2)
 
 
 def test_cells_without_room_are_not_tried(monkeypatch):
