@@ -10,7 +10,7 @@ beside a median of seeds with --config.grid.seeds=5. Arithmetic lengths are odd:
 
 python experiments/state_tracking/sweep.py --config mamba3_paper
 
-Run so far: modular_arithmetic with mamba3_siso (docs/state_tracking.md).
+Run so far: modular_arithmetic with mamba3_siso, gdn_negative and mamba2 at width 64 (docs/state_tracking.md).
 """
 
 import numpy as np

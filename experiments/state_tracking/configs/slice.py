@@ -7,7 +7,7 @@ They do not decay the embedding, and stop a run at an accuracy of 0.9995.
 
 python experiments/state_tracking/sweep.py --config slice
 
-Not run yet.
+Run so far: shorter forms of it with mamba3_siso (docs/state_tracking.md).
 """
 
 from ml_collections import ConfigDict
