@@ -1,5 +1,7 @@
 """Accuracy of trained runs by length: all runs of a group answer the same sequences, which none of them trained on."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +32,11 @@ def evaluate_group(study: StudyConfig, group: Group, params: PyTree) -> Accuraci
             for name, purpose in _SETS.items()}  # fmt: skip
 
 
-def compile_evaluation(study: StudyConfig, group: Group, params: PyTree) -> None:
-    """Compiles what `evaluate_group` runs with the same arguments, for its calls to find."""
+def lower_evaluation(study: StudyConfig, group: Group, params: PyTree) -> Iterator[jax.stages.Lowered]:
+    """Yields what `evaluate_group` runs with the same arguments; once compiled, its calls find it."""
     for span in study.evaluation.spans:
         batches = _batches(study, group, VALIDATION, span)
-        count_correct.lower(group.model, params, batches, study.train.runs_at_once).compile()
+        yield count_correct.lower(group.model, params, batches, study.train.runs_at_once)
 
 
 def _accuracies(study: StudyConfig, group: Group, params: PyTree, purpose: int, span: Span) -> list[float]:

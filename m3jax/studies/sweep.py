@@ -5,6 +5,7 @@ GPU other threads compile the programs of the next groups meanwhile.
 """
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.studies.config import Span, StudyConfig
-from m3jax.studies.evaluation import Accuracies, compile_evaluation, evaluate_group
+from m3jax.studies.evaluation import Accuracies, evaluate_group, lower_evaluation
 from m3jax.studies.files import GroupFiles, Training
 from m3jax.studies.grid import Group
 from m3jax.studies.models import state_bytes
@@ -89,9 +90,11 @@ def _compile(study: StudyConfig, group: Group, files: GroupFiles) -> None:
     """Compiles what training and measuring a group calls, which finds it by its arguments."""
     with jax.default_matmul_precision(study.train.matmul_precision):  # a thread has its own
         trainer = GroupTrainer(study, group, files)
-        for step in trainer.first_of_each_kind():
-            train_block.lower(*trainer.block(step)).compile()
-        compile_evaluation(study, group, trainer.training.state.params)
+        training = (train_block.lower(*trainer.block(step)) for step in trainer.first_of_each_kind())
+        programs = itertools.chain(training, lower_evaluation(study, group, trainer.training.state.params))
+        with ThreadPoolExecutor() as threads:  # while one is lowered, which is Python, XLA compiles those before it
+            for compiling in [threads.submit(lowered.compile) for lowered in programs]:
+                compiling.result()
 
 
 class GroupTrainer:
