@@ -161,7 +161,7 @@ def check_room(params: PyTree, *makers: Callable[[], PyTree]) -> None:
     """Raises NoRoomError unless the device has room for parameters and for what the makers would make.
 
     To try is no way to learn it: a GPU program that finds no room for one of its results never frees those that it has
-    found room for (XLA's GpuExecutable::GenerateBufferAllocations), so that the whole process has no memory thereafter.
+    found room for (so GpuExecutable::GenerateBufferAllocations in XLA), and the process has none thereafter.
     What such a program left behind counts as taken.
     """
     account = memory()

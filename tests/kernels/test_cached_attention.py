@@ -171,11 +171,5 @@ def test_layer_steps_in_one_kernel(monkeypatch, scan_implementation):
         d_model=16, attention_heads=4, attention_kv_heads=2, attention_headdim=16, dtype="float32", mixers="attention",
         scan_implementation=scan_implementation,
     )  # fmt: skip
-    module = attention.Attention(config)
-    u, state = jnp.zeros((3, 16)), attention.initial_state(config, 3, 20)
-    params = jax.eval_shape(module.init, jax.random.key(0), u[:, None])
-
-    def step(params, u, state):
-        return module.apply(params, u, state=state)
-
-    assert interpreter.launches(step, params, u, state) == (scan_implementation != "xla")
+    layer, state = attention.Attention(config), attention.initial_state(config, 3, 20)
+    assert interpreter.launches_of_step(layer, state) == (scan_implementation != "xla")

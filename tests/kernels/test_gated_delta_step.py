@@ -167,11 +167,5 @@ def test_layer_steps_in_one_kernel(scan_implementation):
     config = ModelConfig(
         d_model=16, gdn_heads=2, gdn_headdim=8, mixers="gated_deltanet", scan_implementation=scan_implementation
     )
-    module = gated_deltanet.GatedDeltaNet(config)
-    u, state = jnp.zeros((3, 16)), gated_deltanet.initial_state(config, 3, 0)
-    params = jax.eval_shape(module.init, jax.random.key(0), u[:, None])
-
-    def step(params, u, state):
-        return module.apply(params, u, state=state)
-
-    assert interpreter.launches(step, params, u, state) == (scan_implementation != "xla")
+    layer, state = gated_deltanet.GatedDeltaNet(config), gated_deltanet.initial_state(config, 3, 0)
+    assert interpreter.launches_of_step(layer, state) == (scan_implementation != "xla")
