@@ -27,12 +27,14 @@ test: $(VENV)/installed-test
 	@$(PY) -m pytest -n auto
 
 # With the Python that has jax for the GPU, jax-triton, pytest and hypothesis: make test-gpu GPU_PYTHON=python3
+# Ten workers need the memory of a GPU of 80 GB; on several GPUs there may be as many times more.
 GPU_PYTHON ?= $(PY)
+GPU_WORKERS ?= 10
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 MEASUREMENTS ?= docs/measurements
 test-gpu: export PYTHONPATH := .
 test-gpu:
-	@$(GPU_PYTHON) -m pytest -m gpu -n 10 -p no:benchmark tests/kernels/test_gpu.py
+	@$(GPU_PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) -p no:benchmark tests/kernels/test_gpu.py
 	@mkdir -p $(MEASUREMENTS)
 	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json --commit "$(COMMIT)"
 	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json --commit "$(COMMIT)"

@@ -52,25 +52,27 @@ def table(report: Report) -> str:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """One report of several of the same device and commit; a newer row takes the place of an older one of its cell.
+    """One report of several of the same device; a newer row takes the place of an older one of its cell.
+
+    What a run measured at which commit is kept with the run and with every row.
 
     Raises:
-      ConfigError: reports that differ in device, commit, versions or sizes.
+      ConfigError: reports that differ in device, versions or sizes.
     """
     reports = sorted(reports, key=lambda report: report["date"])
-    heads = [
-        {key: value for key, value in report.items() if key not in ("date", "ceilings", "runs", "errors", "rows")}
-        for report in reports
-    ]
+    of_a_run = ("date", "commit", "ceilings", "runs", "errors", "rows")
+    heads = [{key: value for key, value in report.items() if key not in of_a_run} for report in reports]
     for key in dict.fromkeys(key for one in heads for key in one):
         values = {str(one.get(key)) for one in heads}
         if len(values) > 1:
             raise ConfigError(f"--merge: {key} is {' and '.join(sorted(values))}; expected one of all files.")
     rows, errors, runs = {}, {}, []
     for report in reports:
-        rows |= {(row["model"], row["state_dtype"], row["batch"], row["length"]): row for row in report["rows"]}
+        for row in report["rows"]:
+            cell = (row["model"], row["state_dtype"], row["batch"], row["length"])
+            rows[cell] = {"commit": report.get("commit")} | row
         errors |= report["errors"]
-        runs += report.get("runs") or [{key: report[key] for key in ("date", "ceilings")}]
+        runs += report.get("runs") or [{key: report[key] for key in ("date", "commit", "ceilings")}]
     models = list(COLOURS)
     ordered = sorted(rows.items(), key=lambda item: (models.index(item[0][0]), *item[0][1:]))
     merged = {"date": reports[-1]["date"]} | heads[-1] | {"runs": runs, "errors": errors}

@@ -55,7 +55,7 @@ def test_cells_without_room_are_not_tried(monkeypatch):
         engine.check_room(params, lambda: model.initial_state(128, 4096))
 
 
-def report_of(date, commit="abc", **cells):
+def report_of(date, commit="abc", device="D", **cells):
     """A report of cells `model_n` of so many seconds."""
     rows = []
     for cell, seconds in cells.items():
@@ -63,12 +63,12 @@ def report_of(date, commit="abc", **cells):
         timed = {"prefill_s": {"median": seconds}, "step_ms": {"median": 2.0}, "floor": {"prefill_s": 1, "step_ms": 1}}
         label = {"model": model, "state_dtype": "bfloat16", "batch": 128, "length": int(length)}
         rows.append(label | timed | {"prefill_and_decode_s": seconds} | engine.paper_figures(model, 128, int(length)))
-    head = {"date": date, "commit": commit, "device": "D", "quick": False}
+    head = {"date": date, "commit": commit, "device": device, "quick": False}
     return head | {"ceilings": {"copy_TB_per_s": len(rows)}, "errors": {}, "rows": rows}
 
 
 def test_merge(tmp_path, capsys):
-    """Newer rows win whatever the order of the files; other commits are refused; a merged file merges again."""
+    """Newer rows win whatever the order of the files; another device is refused; a merged file merges again."""
     old, new = report_of("2026-01", siso_512=3.0, mimo_512=4.0), report_of("2026-02", mimo_512=5.0, mimo_1024=6.0)
     paths = [tmp_path / "new.json", tmp_path / "old.json"]
     for path, report in zip(paths, (new, old), strict=True):
@@ -84,10 +84,12 @@ def test_merge(tmp_path, capsys):
     printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert printed[-1] == ["mimo", "bfloat16", "128", "1024", "6.000 (6.00)", "2.000 (2.00)", "6.000", "1.21", "9.48"]
     assert {path.name for path in images.iterdir()} == {"engine.png", "engine_roofline.png"}
-    again = engine_report.merge([merged, report_of("2026-03", siso_512=1.0)])
+    again = engine_report.merge([merged, report_of("2026-03", commit="def", siso_512=1.0)])
     assert len(again["runs"]) == 3 and len(again["rows"]) == 3 and again["rows"][0]["prefill_and_decode_s"] == 1.0
-    with pytest.raises(ConfigError, match="commit is abc and def"):
-        engine_report.merge([old, report_of("2026-04", commit="def")])
+    assert [row["commit"] for row in again["rows"]] == ["def", "abc", "abc"]
+    assert [run["commit"] for run in again["runs"]] == ["abc", "abc", "def"]
+    with pytest.raises(ConfigError, match="device is D and E"):
+        engine_report.merge([old, report_of("2026-04", device="E")])
 
 
 def test_documented_table_is_the_measured_one():
