@@ -107,7 +107,9 @@ class TrainingConfig:
     packed: bool = False  # two sequences in a row, lengths drawn in pairs of one sum (questions.py): less padding
     block_steps: int = 100  # steps of one call; all stages together are a multiple
     label_smoothing: float = 0.0  # share of a target's probability that all tokens of the vocabulary have alike
-    stop_accuracy: float = 0.0  # a group ends once all seeds of a learning rate reach it over a block; 0 = never
+    validate_every: int = 0  # steps; every run keeps what was best on the validation draw. 0 = what training ends with
+    # A group ends once all seeds of a learning rate reach it: at validation, or without that over a block. 0 = never
+    stop_accuracy: float = 0.0
     bos: bool = False  # a token of its own before every sequence
     runs_at_once: int = 0  # a step computes so many runs together, then the next, to save memory; 0 = all
     matmul_precision: str = "float32"  # on a GPU also tensorfloat32 or bfloat16; phases and states stay float32
@@ -240,6 +242,8 @@ def _check_train(train: TrainingConfig) -> None:
     longest = max(span.longest for stage in train.curriculum for span in stage.spans)
     require(train.arrays[-1] >= longest, "train.array_lengths", train.array_lengths,
             f"one of at least {longest}, the longest of train.stages")  # fmt: skip
+    require(train.validate_every >= 0 and train.validate_every % train.block_steps == 0, "train.validate_every",
+            train.validate_every, f"0 or a multiple of the {train.block_steps} steps of a block")  # fmt: skip
     require(0 <= train.stop_accuracy <= 1, "train.stop_accuracy", train.stop_accuracy, "0 or a share of the answers")
     require(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "0 or a share under 1")
     one_of("train.matmul_precision", train.matmul_precision, PRECISIONS)

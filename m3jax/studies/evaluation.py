@@ -14,7 +14,8 @@ from m3jax.studies.runs import PyTree, count_correct
 _SEED = 2**31 - 1  # no run's
 _SETS = {"validation": VALIDATION, "test": TEST}
 
-Accuracies = dict[str, dict[str, list[float]]]
+AccuracyByLength = dict[str, list[float]]  # of every run
+Accuracies = dict[str, AccuracyByLength]
 
 
 def evaluate_group(study: StudyConfig, group: Group, params: PyTree) -> Accuracies:
@@ -28,8 +29,12 @@ def evaluate_group(study: StudyConfig, group: Group, params: PyTree) -> Accuraci
     Returns:
       {"validation" | "test": {label of the lengths: accuracy of every run}}; a set depends on task and lengths alone.
     """
-    return {name: {span.label: _accuracies(study, group, params, purpose, span) for span in study.evaluation.spans}
-            for name, purpose in _SETS.items()}  # fmt: skip
+    return {name: measure_on(name, study, group, params) for name in _SETS}
+
+
+def measure_on(name: str, study: StudyConfig, group: Group, params: PyTree) -> AccuracyByLength:
+    """Measures every run of a group on one of the sets, "validation" or "test"; else as evaluate_group."""
+    return {span.label: _accuracies(study, group, params, _SETS[name], span) for span in study.evaluation.spans}
 
 
 def lower_evaluation(study: StudyConfig, group: Group, params: PyTree) -> Iterator[jax.stages.Lowered]:

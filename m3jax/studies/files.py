@@ -22,7 +22,7 @@ from m3jax.data.atomic import whole_file
 from m3jax.errors import CheckpointError
 from m3jax.studies.config import StudyConfig
 from m3jax.studies.grid import Group
-from m3jax.studies.runs import RunsState
+from m3jax.studies.runs import Kept, RunsState
 from m3jax.training.manifest import write_json
 
 _DO_NOT_MATTER = ("runs_at_once", "save_seconds")  # to what a run learns
@@ -35,11 +35,13 @@ class Training:
     Attributes:
       state: of its runs.
       step: steps taken.
+      kept: where train.validate_every is set, what of every run was best on the validation sequences.
       curves: of every block: "step", its last one; "seconds", compilation included; and the fields of BlockMetrics, a
-        list with an entry for every run.
+        list with an entry for every run. Of every validation "validated_step" and "validated", likewise.
     """
 
     state: RunsState
+    kept: Kept | None = None
     step: int = 0
     curves: dict[str, list] = field(default_factory=lambda: {"step": [], "seconds": []})
 
@@ -60,17 +62,17 @@ class GroupFiles:
 
     def save_training(self, training: Training) -> None:
         """Saves a training, over the one before."""
-        arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(training.state))}
+        arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((training.state, training.kept)))}
         progress = {"step": training.step, "curves": training.curves}
         header = json.dumps({"of": self._trained_as, "training": progress})
         with whole_file(self._training, "wb") as file:
             np.savez(file, header=np.array(header), **arrays)
 
-    def load_training(self, shapes: RunsState) -> Training | None:
+    def load_training(self, initial: Training) -> Training | None:
         """Reads what was saved; None = nothing was.
 
         Args:
-          shapes: a state of the same structure, arrays or shapes.
+          initial: a training of the same structure.
 
         Raises:
           CheckpointError: it is of another study, or damaged.
@@ -85,7 +87,8 @@ class GroupFiles:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"{self._training} cannot be read: {error}. Remove it to train anew.") from error
         _check_same(header["of"], self._trained_as, self._training)
-        return Training(jax.tree.unflatten(jax.tree.structure(shapes), leaves), **header["training"])
+        structure = jax.tree.structure((initial.state, initial.kept))
+        return Training(*jax.tree.unflatten(structure, leaves), **header["training"])
 
     def save_results(self, results: dict[str, Any]) -> None:
         """Saves the results of a finished group."""

@@ -46,6 +46,13 @@ class RunsState(NamedTuple):
     optimizer: PyTree
 
 
+class Kept(NamedTuple):
+    """What a run had when its validation was best."""
+
+    params: PyTree  # [r, ...]
+    accuracy: jax.Array  # float32 [r]
+
+
 class BlockMetrics(NamedTuple):
     """Means over the steps of a block; float32 [r]."""
 
@@ -104,6 +111,17 @@ def train_block(
     numbers = first_step + 1 + jnp.arange(kind_and_place.shape[0])
     state, metrics = jax.lax.scan(step, state, (numbers, kind_and_place))
     return state, jax.tree.map(lambda v: v.mean(axis=0), metrics)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def keep_better(kept: Kept, params: PyTree, accuracy: jax.Array) -> Kept:
+    """Takes the parameters of the runs, [r, ...], whose accuracy, [r], is not worse than that of what is kept."""
+    better = accuracy >= kept.accuracy
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, Kept(params, accuracy), kept)
 
 
 def over_runs(function: Callable[..., PyTree], at_once: int) -> Callable[..., PyTree]:

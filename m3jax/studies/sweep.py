@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from m3jax.studies.config import Span, StudyConfig
-from m3jax.studies.evaluation import Accuracies, evaluate_group, lower_evaluation
+from m3jax.studies.evaluation import Accuracies, evaluate_group, lower_evaluation, measure_on
 from m3jax.studies.files import GroupFiles, Training
 from m3jax.studies.grid import Group
 from m3jax.studies.models import state_bytes
 from m3jax.studies.questions import Questions, draw_block
-from m3jax.studies.runs import BlockMetrics, Recipe, init_runs, train_block
+from m3jax.studies.runs import BlockMetrics, Kept, PyTree, Recipe, init_runs, keep_better, train_block
 from m3jax.training.interrupt import StopRequest
 from m3jax.training.progress import LiveLine, format_seconds
 
@@ -61,7 +61,7 @@ def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> boo
             if not trainer.train(line, stop, place):
                 line.message(f"{stop.signal_name}: stopped. Run the same command again to continue.")
                 return False
-            accuracies = evaluate_group(study, group, trainer.training.state.params)
+            accuracies = evaluate_group(study, group, trainer.params)
             results = _results(study, group, trainer.training, accuracies)
             files.save_results(results)
             line.message(f"{place}: {_summary(accuracies)}; trained for {format_seconds(results['seconds'])}")
@@ -106,17 +106,24 @@ class GroupTrainer:
 
     def __init__(self, study: StudyConfig, group: Group, files: GroupFiles):
         """Takes up what the files have, or initialises."""
-        self._train, self._group, self._files = study.train, group, files
-        train = study.train
+        self._study, self._group, self._files = study, group, files
+        self._train = train = study.train
         self._recipe = Recipe(group.model, study.optimizer, train.steps, train.runs_at_once, train.label_smoothing)
-        stages = study.train.curriculum
+        stages = train.curriculum
         self._spans = [stage.spans[i % len(stage.spans)] for stage in stages for i in range(stage.steps)]
         seeds = [run.seed for run in group.runs]
         self._seeds = np.unique(seeds).astype(np.int32)
         self._data_of_run = jnp.asarray(np.searchsorted(self._seeds, seeds), jnp.int32)
         self._rates = jnp.asarray([run.learning_rate for run in group.runs], jnp.float32)
-        initial = init_runs(self._recipe, jnp.asarray(seeds, jnp.int32))
-        self.training = files.load_training(initial) or Training(initial)
+        initial = Training(init_runs(self._recipe, jnp.asarray(seeds, jnp.int32)))
+        if train.validate_every:
+            initial.kept = Kept(jax.tree.map(jnp.copy, initial.state.params), jnp.zeros(len(seeds)))
+        self.training = files.load_training(initial) or initial
+
+    @property
+    def params(self) -> PyTree:
+        """What training came to, [r, ...]."""
+        return (self.training.kept or self.training.state).params
 
     def train(self, line: LiveLine, stop: StopRequest, place: str) -> bool:
         """Trains to the end; False when a signal came first. What was trained is saved in either case."""
@@ -129,9 +136,12 @@ class GroupTrainer:
             if unread is not None:
                 self._read(unread, line, place)
             unread = metrics
+            every, done = self._train.validate_every, training.step == self._train.steps
+            if every and (done or training.step % every == 0):
+                self._validate()
             stopping = stop.pending(ask_others=False)
             late = time.monotonic() - saved >= self._train.save_seconds
-            saving = stopping or late or training.step == self._train.steps
+            saving = stopping or late or done
             if saving or self._train.stop_accuracy:  # these numbers decide whether there is another block
                 self._read(unread, line, place)
                 unread = None
@@ -142,13 +152,23 @@ class GroupTrainer:
                 return False
         return True
 
+    def _validate(self) -> None:
+        """Measures all runs and keeps of each the better parameters."""
+        training = self.training
+        by_length = measure_on("validation", self._study, self._group, training.state.params)
+        accuracy = np.mean(list(by_length.values()), axis=0)
+        training.kept = keep_better(training.kept, training.state.params, jnp.asarray(accuracy, jnp.float32))
+        training.curves.setdefault("validated_step", []).append(training.step)
+        training.curves.setdefault("validated", []).append([_json_number(v) for v in accuracy])
+
     def _learned(self) -> bool:
-        """Whether all seeds of a learning rate reached train.stop_accuracy in the last block that was read."""
-        blocks = self.training.curves.get("accuracy")
+        """Whether all seeds of a learning rate have reached train.stop_accuracy, as far as has been read."""
+        kept, blocks = self.training.kept, self.training.curves.get("accuracy")
         if not blocks or not self._train.stop_accuracy:
             return False
+        accuracies = blocks[-1] if kept is None else np.asarray(kept.accuracy)
         of_rate: dict[float, list[float]] = {}
-        for run, accuracy in zip(self._group.runs, blocks[-1], strict=True):
+        for run, accuracy in zip(self._group.runs, accuracies, strict=True):
             of_rate.setdefault(run.learning_rate, []).append(accuracy)
         return any(min(seeds) >= self._train.stop_accuracy for seeds in of_rate.values())
 
@@ -208,11 +228,12 @@ class GroupTrainer:
         logged = now - self._logged >= _SECONDS_BETWEEN_LOGS or step == self._train.steps
         self._logged = now if logged else self._logged
         left = (self._train.steps - step) * seconds / self._train.block_steps
+        validated = f"validated {np.mean(curves['validated'][-1]):.3f}  " if "validated" in curves else ""
         finite = [loss for loss in numbers["loss"] if math.isfinite(loss)] or [math.nan]
         line.show(
             f"{place}  step {step}/{self._train.steps}  loss {statistics.mean(finite):.4f}, best "
             f"{min(finite):.4f}  accuracy {np.mean(numbers['accuracy']):.3f}, best "
-            f"{np.max(numbers['accuracy']):.3f}  {self._train.block_steps / seconds:.3g} steps/s  "
+            f"{np.max(numbers['accuracy']):.3f}  {validated}{self._train.block_steps / seconds:.3g} steps/s  "
             f"{format_seconds(left)} left in this group",
             last=step == self._train.steps, logged=logged,
         )  # fmt: skip
@@ -228,6 +249,7 @@ def _results(study: StudyConfig, group: Group, training: Training, accuracies: A
         run._asdict()
         | {name: {label: values[i] for label, values in of_set.items()} for name, of_set in accuracies.items()}
         | {"loss": [block[i] for block in curves["loss"]], "accuracy": [block[i] for block in curves["accuracy"]]}
+        | {"validated": [validated[i] for validated in curves.get("validated", [])]}
         | {"skipped_steps": round(sum(block[i] for block in curves["skipped"]) * steps_of_block)}
         for i, run in enumerate(group.runs)
     ]
@@ -243,6 +265,7 @@ def _results(study: StudyConfig, group: Group, training: Training, accuracies: A
         "seconds": sum(seconds),
         "steps_per_second": steps_of_block / statistics.median(seconds),
         "steps": curves["step"],
+        "validated_steps": curves.get("validated_step", []),
         "runs": runs,
     }
 

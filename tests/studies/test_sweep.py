@@ -11,6 +11,8 @@ from m3jax.studies import sweep
 from m3jax.studies.files import GroupFiles
 from m3jax.studies.grid import make_groups
 from m3jax.studies.report import write_report
+from m3jax.training.interrupt import StopRequest
+from m3jax.training.progress import LiveLine
 from tests.studies.conftest import RECALL
 
 
@@ -91,16 +93,21 @@ def test_what_is_compiled_ahead_is_what_runs(small_study, tmp_path, monkeypatch,
         jax.config.update("jax_log_compiles", False)
 
 
-def test_killed_and_resumed_is_bit_equal(small_study, whole, tmp_path, monkeypatch):
+def dying_after(step):
+    """GroupFiles.save_training that is killed once it has saved a training of so many steps."""
     save = GroupFiles.save_training
+
+    def save_and_die(self, training):
+        save(self, training)
+        if training.step == step:
+            raise Killed
+
+    return save_and_die
+
+
+def test_killed_and_resumed_is_bit_equal(small_study, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-
-        def save_and_die(self, training):
-            save(self, training)
-            if training.step == 6:
-                raise Killed
-
-        patch.setattr(GroupFiles, "save_training", save_and_die)
+        patch.setattr(GroupFiles, "save_training", dying_after(6))
         with pytest.raises(Killed):
             run(small_study(), tmp_path)
     arrays, results = run(small_study(), tmp_path)
@@ -119,6 +126,44 @@ def test_a_group_ends_when_all_seeds_of_a_learning_rate_have_learned(small_study
         trainer.training.curves["accuracy"] = [[1.0] * 4, last]
         assert trainer._learned() == ends
     assert trainer.train(None, None, "") and trainer.training.step == 0
+
+
+def test_every_run_keeps_what_was_best_at_validation(small_study, tmp_path, monkeypatch):
+    """Also when training is taken up again in between; accuracies are given, what was measured is looked at."""
+    study = small_study(train__validate_every=3, train__stop_accuracy=0.99)
+    (group,) = make_groups(study)
+    given = {3: [0.9, 0.2, 0.2, 0.2], 6: [0.9, 0.5, 0.2, 0.1], 9: [0.1, 0.4, 1.0, 0.1], 12: [0.1, 0.4, 0.1, 0.3]}
+    best = [6, 6, 9, 12]  # of two that are alike, the later
+    measured = {}
+
+    def measure(name, study, group, params):
+        step = 3 * len(measured) + 3
+        measured[step] = jax.tree.map(np.asarray, params)
+        return {"a": [v - 0.05 for v in given[step]], "b": [v + 0.05 for v in given[step]]}
+
+    monkeypatch.setattr(sweep, "measure_on", measure)
+
+    def train():
+        with jax.default_matmul_precision("float32"), LiveLine() as line, StopRequest() as stop:  # as in a sweep
+            trainer = sweep.GroupTrainer(study, group, GroupFiles(tmp_path, study, group))
+            assert trainer.train(line, stop, "")
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupFiles, "save_training", dying_after(6))
+        with pytest.raises(Killed):
+            train()
+    trainer = train()
+    assert trainer.training.curves["validated_step"] == [3, 6, 9, 12]
+    np.testing.assert_allclose(trainer.training.curves["validated"], list(given.values()))
+    for number, step in enumerate(best):
+        for kept, then in zip(jax.tree.leaves(trainer.params), jax.tree.leaves(measured[step]), strict=True):
+            np.testing.assert_array_equal(kept[number], then[number])
+    assert not trainer._learned()
+    trainer.training.kept = trainer.training.kept._replace(accuracy=np.array([0.3, 0.995, 0.99, 0.4]))
+    assert not trainer._learned()
+    trainer.training.kept = trainer.training.kept._replace(accuracy=np.array([0.3, 0.9, 0.99, 1.0]))
+    assert trainer._learned()
 
 
 def test_finished_groups_are_skipped_and_only_measured_again(small_study, whole, monkeypatch):
