@@ -12,6 +12,7 @@ from m3jax.kernels.cached_attention import xla
 from m3jax.kernels.products import operand_dtype
 from m3jax.models import document_attention
 from m3jax.models.linear import Linear, closing_gain
+from m3jax.models.norm import Normed
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.rotary import standard_rates
 
@@ -38,28 +39,31 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, u: jax.Array, segment_ids: jax.Array | None = None, state: AttentionState | None = None
+        self,
+        u: jax.Array | Normed,
+        segment_ids: jax.Array | None = None,
+        state: AttentionState | None = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, AttentionState | None]:
         """Arguments and results as in mixers.py. Tokens beyond the state's room are not kept."""
         m = self.config
         one_token = u.ndim == 2
-        if one_token:
-            u = u[:, None]
+        batch, length = u.shape[0], 1 if one_token else u.shape[1]
         q, k, v = Linear(m, tuple(n * m.attention_headdim for n in (m.attention_heads, *2 * (m.n_kv_heads,))),
                          name="qkv_proj")(u)  # fmt: skip
-        q, k, v = (t.reshape(*t.shape[:2], -1, m.attention_headdim) for t in (q, k, v))
+        q, k, v = (t.reshape(batch, length, -1, m.attention_headdim) for t in (q, k, v))
         if m.rope_theta:
-            length = jnp.zeros(u.shape[0], jnp.int32) if state is None else state.length
-            position = length[:, None] + jnp.arange(u.shape[1])[None]
+            before = jnp.zeros(batch, jnp.int32) if state is None else state.length
+            position = before[:, None] + jnp.arange(length)[None]
             q, k = (rotate(t, position, m.rope_theta) for t in (q, k))
         if state is None:
             y = on_own_rows(lambda rows, _: attend(**rows), {"q": q, "k": k, "v": v, "segment_ids": segment_ids}, {})
-        elif u.shape[1] == 1:
+        elif length == 1:
             y, state = _step(state, q[:, 0], k[:, 0], v[:, 0], m.scan_implementation)
         else:
             y, state = _attend_from(state, q, k, v, segment_ids)
-        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y.reshape(*u.shape[:2], -1))
-        return (out[:, 0] if one_token else out), state
+        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y.reshape(*u.shape[:-1], -1), residual)
+        return out, state
 
 
 def initial_state(config: ModelConfig, batch: int, capacity: int) -> AttentionState:

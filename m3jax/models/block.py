@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from m3jax.config import ModelConfig
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.mlp import SwiGLU
-from m3jax.models.norm import RMSNorm
+from m3jax.models.norm import Normed, RMSNorm, Scale
 
 
 class Block(nn.Module):
@@ -21,13 +21,17 @@ class Block(nn.Module):
         self, x: jax.Array, segment_ids: jax.Array | None, state: State | None
     ) -> tuple[jax.Array, State | None]:
         """Arguments and state as in mixers.py; x [b, l, d_model] or [b, d_model]."""
-        dtypes = {"dtype": jnp.dtype(self.config.dtype), "param_dtype": jnp.dtype(self.config.param_dtype)}
         mixer = MIXERS[self.mixer].module(self.config, name="mixer")
-        mixed, state = mixer(RMSNorm(**dtypes, name="mixer_norm")(x), segment_ids, state)
-        x = x + mixed.astype(x.dtype)
+        x, state = mixer(self._normed(x, "mixer_norm"), segment_ids, state, x)
         if self.config.d_intermediate:
-            x = x + SwiGLU(self.config, name="mlp")(RMSNorm(**dtypes, name="mlp_norm")(x)).astype(x.dtype)
+            x = SwiGLU(self.config, name="mlp")(self._normed(x, "mlp_norm"), x)
         return x, state
+
+    def _normed(self, x: jax.Array, name: str) -> jax.Array | Normed:
+        dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
+        if x.ndim == 2:
+            return Normed(x, Scale(param_dtype, name=name)(x.shape[-1]))
+        return RMSNorm(dtype, param_dtype, name=name)(x)
 
 
 class Period(nn.Module):

@@ -10,7 +10,7 @@ from m3jax.config import ModelConfig
 from m3jax.kernels import gated_delta_scan, gated_delta_step
 from m3jax.models import short_conv
 from m3jax.models.linear import Linear, closing_gain
-from m3jax.models.norm import RMSNorm
+from m3jax.models.norm import Normed, RMSNorm
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.step_size import dt_bias_init, log_decay_rate_init
 
@@ -31,7 +31,11 @@ class GatedDeltaNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, u: jax.Array, segment_ids: jax.Array | None = None, state: GatedDeltaState | None = None
+        self,
+        u: jax.Array | Normed,
+        segment_ids: jax.Array | None = None,
+        state: GatedDeltaState | None = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, GatedDeltaState | None]:
         """Arguments and results as in mixers.py."""
         m = self.config
@@ -68,7 +72,7 @@ class GatedDeltaNet(nn.Module):
             result = on_own_rows(scan, seq | {"segment_ids": segment_ids, "initial_state": memory}, None)
             o, memory = (result, None) if state is None else (result[0], result[1].astype(m.state_dtype))
         o = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype), name="norm")(o) * jax.nn.silu(gate)
-        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(o.reshape(*lead, heads * p))
+        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(o.reshape(*lead, heads * p), residual)
         return out, None if state is None else GatedDeltaState(conv_state, memory)
 
 

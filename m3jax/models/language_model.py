@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
 from m3jax.kernels import SCAN_RESIDUALS
-from m3jax.kernels.products import operand_dtype
+from m3jax.kernels.products import enough_rows, operand_dtype
 from m3jax.models.block import Block, Period
-from m3jax.models.linear import enough_rows
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.norm import RMSNorm
 

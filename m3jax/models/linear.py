@@ -2,15 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-
-_LEAST_ROWS = 8  # of a tensor core's product
+from m3jax.kernels import few_rows_product
+from m3jax.kernels.rms_norm import rms_norm
+from m3jax.models.norm import EPSILON, Normed
 
 
 class Linear(nn.Module):
@@ -24,31 +24,34 @@ class Linear(nn.Module):
     config: ModelConfig
     widths: tuple[int, ...]
     gain: float = 1.0  # weights start in U(±gain/√in)
+    gated: bool = False  # of two equal widths: one output, the first times silu of the second
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """[..., in] → [..., width] for each width."""
+    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> list[jax.Array]:
+        """[..., in] → [..., width] for each width; of one width added to the residual, if there is one."""
+        m = self.config
+        x, scale = x if isinstance(x, Normed) else (x.astype(m.dtype), None)
         # variance_scaling's uniform bound is √(3 · scale / fan_in).
         init = nn.initializers.variance_scaling(self.gain**2 / 3, "fan_in", "uniform")
-        kernel = self.param("kernel", init, (x.shape[-1], sum(self.widths)), self.config.param_dtype)
-        x, kernel = x.astype(self.config.dtype), kernel.astype(self.config.dtype)
+        kernel = self.param("kernel", init, (x.shape[-1], sum(self.widths)), m.param_dtype).astype(m.dtype)
         if x.size < x.shape[-1] ** 2:
-            y = enough_rows(lambda rows: rows @ kernel, x)
-            return jnp.split(y, list(itertools.accumulate(self.widths[:-1])), axis=-1)
+            y = few_rows_product(
+                x, kernel, scale=scale, epsilon=EPSILON, residual=residual, gated=self.gated,
+                implementation=product_implementation(m),
+            )  # fmt: skip
+            return [y] if self.gated else jnp.split(y, list(itertools.accumulate(self.widths[:-1])), axis=-1)
+        if scale is not None:
+            x = rms_norm(x, scale, EPSILON, m.dtype)
         ends = itertools.accumulate(self.widths)
-        return [x @ kernel[:, end - width : end] for width, end in zip(self.widths, ends, strict=True)]
+        ys = [x @ kernel[:, end - width : end] for width, end in zip(self.widths, ends, strict=True)]
+        if self.gated:
+            ys = [ys[0] * jax.nn.silu(ys[1])]
+        return ys if residual is None else [residual + ys[0].astype(residual.dtype)]
 
 
-def enough_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """The product of x [rows, in] with a weight; on a GPU one of few rows is computed with more, of zeros.
-
-    Of one row XLA makes a sum instead, which on an H100 reads the weights at less than half the rate of a product.
-    """
-    rows = x.shape[0]
-    if x.ndim != 2 or rows >= _LEAST_ROWS or jax.default_backend() != "gpu":
-        return product(x)
-    padded = product(jnp.pad(x, ((0, _LEAST_ROWS - rows), (0, 0))))
-    return jax.lax.optimization_barrier(padded)[:rows]  # lest XLA multiply only what is kept
+def product_implementation(config: ModelConfig) -> str | None:
+    """What a scan is told binds products in so far as it is told to do without kernels."""
+    return "xla" if config.scan_implementation in ("reference", "xla") else None
 
 
 def closing_gain(config: ModelConfig) -> float:

@@ -13,7 +13,7 @@ from m3jax.config import ModelConfig
 from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
 from m3jax.models import short_conv
 from m3jax.models.linear import Linear, closing_gain
-from m3jax.models.norm import RMSNorm
+from m3jax.models.norm import Normed, RMSNorm
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.step_size import dt_bias_init, log_decay_rate_init
 
@@ -32,7 +32,11 @@ class Mamba2Mixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, u: jax.Array, segment_ids: jax.Array | None = None, state: Mamba2State | None = None
+        self,
+        u: jax.Array | Normed,
+        segment_ids: jax.Array | None = None,
+        state: Mamba2State | None = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, Mamba2State | None]:
         """Arguments and results as in mixers.py."""
         m = self.config
@@ -64,7 +68,7 @@ class Mamba2Mixer(nn.Module):
         else:
             y, scan_state = self._scan(seq, d, segment_ids, scan_state)
         y = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype), name="norm")(y.reshape(*lead, m.d_inner))
-        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)
+        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y, residual)
         return out, None if state is None else Mamba2State(conv_state, scan_state)
 
     def _scan(

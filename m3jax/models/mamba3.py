@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from m3jax.config import ModelConfig
 from m3jax.kernels import Mamba3State, mamba3_coefficients, mamba3_projected_step, mamba3_scan, mamba3_step
 from m3jax.models.linear import Linear, closing_gain
-from m3jax.models.norm import EPSILON, Scale
+from m3jax.models.norm import EPSILON, Normed, Scale
 from m3jax.models.own_rows import on_own_rows
 from m3jax.models.rotary import standard_rates
 from m3jax.models.step_size import dt_bias_init
@@ -39,7 +39,11 @@ class Mamba3Mixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, u: jax.Array, segment_ids: jax.Array | None = None, state: Mamba3State | None = None
+        self,
+        u: jax.Array | Normed,
+        segment_ids: jax.Array | None = None,
+        state: Mamba3State | None = None,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, Mamba3State | None]:
         """Runs over a sequence, or one decode step.
 
@@ -47,6 +51,7 @@ class Mamba3Mixer(nn.Module):
           u: [b, l, d_model], or [b, d_model] for a step.
           segment_ids: [b, l]; the state restarts where they change. Not used by a step.
           state: the state before the first token; None = zero, and no state is returned.
+          residual: of u's shape; the output is added to it.
 
         Returns:
           (output of u's shape, next state or None).
@@ -73,10 +78,10 @@ class Mamba3Mixer(nn.Module):
                 y, state = result
                 state = state._replace(ssm=state.ssm.astype(m.state_dtype))
         y = y.reshape(*u.shape[:-1], m.d_inner)
-        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y)
+        (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y, residual)
         return out, state
 
-    def _coefficients(self, u: jax.Array, own: dict) -> dict[str, jax.Array]:
+    def _coefficients(self, u: jax.Array | Normed, own: dict) -> dict[str, jax.Array]:
         m = self.config
         z_width, x_width, *widths = projection_widths(m).values()
         z, x, rest = Linear(m, (z_width, x_width, sum(widths)), name="in_proj")(u)

@@ -2,11 +2,12 @@
 
 A mixer is a module of the model's config, called with
 
-  u: [b, l, d_model], or [b, d_model] for one decode step;
+  u: [b, l, d_model], or [b, d_model] for one decode step, which may be `Normed`;
   segment_ids: [b, l] or None; documents do not see each other. Not used by a step;
-  state: what precedes the first token, whose document it continues; None = nothing, and no state is returned,
+  state: what precedes the first token, whose document it continues; None = nothing, and no state is returned;
+  residual: of u's shape, or None,
 
-that returns (output of u's shape, the state after the last token or None).
+that returns (output of u's shape, added to the residual, the state after the last token or None).
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ import jax
 
 from m3jax.config import ModelConfig
 from m3jax.models.linear import Linear, closing_gain
+from m3jax.models.norm import Normed
 
 
 class SwiGLU(nn.Module):
@@ -13,9 +14,9 @@ class SwiGLU(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., d_model] → [..., d_model]."""
+    def __call__(self, x: jax.Array | Normed, residual: jax.Array) -> jax.Array:
+        """[..., d_model] → [..., d_model], added to the residual."""
         m = self.config
-        value, gate = Linear(m, (m.d_mlp, m.d_mlp), name="fc1")(x)
-        (y,) = Linear(m, (m.d_model,), closing_gain(m), name="fc2")(value * jax.nn.silu(gate))
+        (y,) = Linear(m, (m.d_mlp, m.d_mlp), gated=True, name="fc1")(x)
+        (y,) = Linear(m, (m.d_model,), closing_gain(m), name="fc2")(y, residual)
         return y

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,23 @@ class Scale(nn.Module):
     def __call__(self, width: int) -> jax.Array:
         """[width], starting at 1."""
         return self.param("scale", nn.initializers.ones, (width,), self.param_dtype)
+
+
+class Normed(NamedTuple):
+    """What `RMSNorm` makes of x, not computed yet: for `Linear`, whose product of few rows does it on the way."""
+
+    x: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of x."""
+        return self.x.shape
+
+    @property
+    def ndim(self) -> int:
+        """That of x."""
+        return self.x.ndim
 
 
 class RMSNorm(nn.Module):

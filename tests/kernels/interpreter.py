@@ -9,6 +9,7 @@ from triton.runtime import interpreter
 
 from m3jax.kernels import triton_launch
 from m3jax.kernels.cached_attention import api as cached_attention_api
+from m3jax.kernels.few_rows import api as few_rows_api
 from m3jax.kernels.gated_delta import api as gated_delta_api
 from m3jax.kernels.mamba3 import api
 
@@ -117,5 +118,5 @@ def launches_of_step(layer, state) -> int:
 def use(monkeypatch) -> None:
     """Makes scans and steps take implementation="triton" on this machine, and run it here."""
     monkeypatch.setattr(triton_launch, "call_kernel", call_kernel)
-    for module in (api, cached_attention_api, gated_delta_api):
+    for module in (api, cached_attention_api, few_rows_api, gated_delta_api):
         monkeypatch.setattr(module, "no_triton_here", lambda: None)

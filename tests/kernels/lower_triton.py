@@ -5,6 +5,7 @@ the bytes of shared memory each kernel takes, as JSON.
 """
 
 import dataclasses
+import functools
 import json
 import pickle
 import sys
@@ -19,6 +20,7 @@ from jax_triton import triton_lib
 from experiments.latency import tune
 from m3jax.kernels import (
     cached_attention_step,
+    few_rows_product,
     gated_delta_scan,
     gated_delta_step,
     gpu,
@@ -132,6 +134,20 @@ def lower_cached_attention(dtype: str) -> None:
             assert text.count("output_operand_alias<output_tuple_indices") == 2
 
 
+def lower_few_rows(dtype: str) -> None:
+    """The products of a layer at widths of the configs, and a narrow one with a gate."""
+    wide, long = jnp.zeros((1, 2048)), jnp.zeros((1, 4096), dtype)
+    into, out_of, scale = (jnp.zeros(shape, dtype) for shape in ((2048, 8672), (4096, 2048), (2048,)))
+    for x, weight, options in (
+        (wide, into, {"scale": scale}),
+        (wide, into[:, :8192], {"scale": scale, "gated": True}),
+        (wide, into[:, :2048], {"scale": scale, "gated": True}),
+        (long, out_of, {"residual": wide}),
+    ):
+        text = lower(functools.partial(few_rows_product, implementation="triton", **options), x, weight)
+        assert text.count("custom_call @triton_kernel_call_ffi") == 1
+
+
 @triton.jit
 def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
@@ -181,6 +197,7 @@ def main() -> None:
         lower_gated_delta_step("float32")
     lower_gated_delta("float32" if capability == 80 else "bfloat16")  # the most memory where there is the least
     lower_cached_attention("float32" if capability == 80 else "bfloat16")
+    lower_few_rows("float32" if capability == 80 else "bfloat16")
     lower_aliases()
     print(json.dumps(taken))
 

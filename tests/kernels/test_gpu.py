@@ -12,6 +12,7 @@ import pytest
 from m3jax.kernels import (
     Mamba3State,
     cached_attention_step,
+    few_rows_product,
     gated_delta_scan,
     gated_delta_step,
     mamba3_projected_step,
@@ -392,3 +393,26 @@ def test_cached_attention_steps_under_jit_with_donation(dtype, kv, group, width,
     if dtype != "float32":  # the weights and the result
         tolerance += tolerances.narrow_rms(dtype, roundings=2)
     assert tolerances.rms_ratio(y, expected) <= tolerance
+
+
+@pytest.mark.parametrize(("dtype", "inner", "outer", "options"), [
+    ("bfloat16", 2048, 8672, {"norm": True}), ("bfloat16", 2048, 4096, {"norm": True, "gated": True}),
+    ("bfloat16", 4096, 2048, {"added": True}), ("float32", 1000, 1100, {"norm": True, "added": True, "gated": True}),
+    ("bfloat16", 520, 3000, {}),
+])  # fmt: skip
+def test_product_of_one_row(dtype, inner, outer, options):
+    keys = jax.random.split(jax.random.key(0), 4)
+    norm, added, gated = (options.get(name, False) for name in ("norm", "added", "gated"))
+    options = {"epsilon": 1e-5, "gated": gated}
+    x = jax.random.normal(keys[0], (1, inner)).astype("float32" if norm else dtype)
+    weight = (jax.random.normal(keys[1], (inner, outer * (1 + gated))) / np.sqrt(inner)).astype(dtype)
+    scale = jax.random.normal(keys[2], (inner,)).astype(dtype) if norm else None
+    residual = jax.random.normal(keys[3], (1, outer)) if added else None
+    y = few_rows_product(x, weight, scale=scale, residual=residual, implementation="triton", **options)
+    with jax.enable_x64(True):
+        x, weight, scale, residual = _in_float64((x, weight, scale, residual))
+        exact = few_rows_product(x, weight, scale=scale, residual=residual, implementation="xla", **options)
+    tolerance = tolerances.rounding("float32", inner)
+    if dtype != "float32":  # x, the product, and twice in the gate
+        tolerance += tolerances.narrow_rms(dtype, roundings=4)
+    assert tolerances.rms_ratio(y, exact) <= tolerance

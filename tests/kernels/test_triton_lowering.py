@@ -12,7 +12,7 @@ pytest.importorskip("jax_triton", reason="jax-triton or the jax-cuda plugin is m
 
 KERNELS = {
     "prepare", "forward", "state_gradients", "flows", "value_gradients", "key_gradients", "step_kernel", "_walk",
-    "_delta_step", "_attend", "_put_together",
+    "_delta_step", "_attend", "_put_together", "_add_up",
 }  # fmt: skip
 # Bytes that one program can have: A100, H100, B200 (CUDA C++ programming guide, compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
