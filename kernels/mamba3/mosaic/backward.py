@@ -81,9 +81,12 @@ def parts(
         last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
         last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
     of_weights = dict.fromkeys(Weights._fields)
+    # Sums over the heads of a block up to each; of its own.
+    biases = found.biases.sum(axis=(0, 1)).reshape(found.b.shape[0], -1, *found.biases.shape[3:])
+    biases = jnp.diff(biases, axis=1, prepend=0.0).reshape(heads, 2, -1)
     for which, name in enumerate(("b_bias", "c_bias")):
         if getattr(weights, name) is not None:
-            of_weights[name] = found.biases[:, :, :, which].sum(axis=(0, 1))[:, None]
+            of_weights[name] = biases[:, which, None]
     if weights.d is not None:
         of_weights["d"] = vector(OVERLAP).sum(axis=(0, 2, 3))
     return Parts(

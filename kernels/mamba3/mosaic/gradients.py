@@ -9,7 +9,8 @@ diagonal (0 there) and w_j = 2^(L_end - L_j) s_j:
     dC = dS B + (2^L ⊙ g) H        dB = dSᵀ C + (w ⊙ X) G                     both still rotated
     dφ = <dC, J C> + <dB, J B>     of every pair and position, at the B and C that the products read
 
-Turned back, dB and dC are added up over the heads of the block, as are dω's parts.
+Turned back, dB and dC are added up over the heads of the block, as are dω's parts. What of them does not turn is added
+up by the products, and gradients of biases are written as sums over positions of all heads so far.
 
 The warpgroup SCORES rotates B and C, finds weights and dS, and has dC, <H', G> and the sums of dφ. The warpgroup VALUES
 has g, y, dz, dX and dB. They share memory without automatic barriers, and wait for one another at:
@@ -22,8 +23,9 @@ overwrites at once what it alone has read, and after the warpgroup has met what 
 
 What arrives from global memory has its own barrier. All is asked for a head ahead, as soon as its place is free: x, z,
 dy and coefficients of two heads (VALUES, after `ready`) and G of two heads have places of their own; H' is asked for
-with G once <H', G> has read the one before (SCORES), H once both are done with it (VALUES, after `scored`). The three
-arrive at one barrier: its next phase cannot end before both have seen this one, as H comes after VALUES has.
+with G once its place, in which SCORES adds up columns after <H', G>, is free; H once both are done with the one before
+(VALUES, after `scored`). The three arrive at one barrier: its next phase cannot end before both have seen this one, as
+H comes after VALUES has.
 """
 
 from typing import NamedTuple
@@ -50,7 +52,6 @@ from .pieces import (
     P,
     S,
     T,
-    anticausal_ones,
     cols,
     iotas,
     load_cols,
@@ -59,16 +60,15 @@ from .pieces import (
     meet,
     pick,
     publish,
-    put_on_diagonal,
     rows,
     stash,
-    strictly_below,
     tile,
     turning,
     unstash,
     widen,
 )  # fmt: skip
 from .products import column_sums, stash_turns, turn_by_hand, unstash_turns
+from .triangles import anticausal_ones, selectors, triangle
 from .wgmma import begin, product, settle
 
 _GRID = ("batch", "block", "chunk")
@@ -87,9 +87,9 @@ class Gradients(NamedTuple):
 
     x: jax.Array  # [b, l, h, P] bfloat16
     z: jax.Array | None  # likewise
-    b: jax.Array  # [blocks, b, l, N] float32
+    b: jax.Array  # [blocks, b, l, N] float32; bfloat16 if a block is all heads of its group
     c: jax.Array  # likewise
-    biases: jax.Array  # of B and C, [b, chunks, h, 2, N] float32
+    biases: jax.Array  # of B and C, [b, chunks, h, 2, N] float32: sums over the heads of a block up to this one
     vectors: jax.Array  # [b, h, chunks, VECTORS, T] float32
     omega: jax.Array  # [blocks, b, l, S] float32
 
@@ -126,7 +126,7 @@ def gradients(
     def body(*refs):
         (x_ref, z_ref, dy_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, constant_ref, ssm_ref, grad_ref,
          dx_ref, dz_ref, db_ref, dc_ref, dbias_ref, vector_ref, domega_ref,
-         raw, rot, states, both_grad, both_x, both_z, both_g, small, turns, phase, partial,
+         raw, rot, states, both_grad, both_x, both_z, both_g, small, turns, phase,
          both_coefficients, both_starts, both_constants,
          raw_here, x_here, small_here, states_here, free, ready, mixed, scored) = refs  # fmt: skip
         index, block_index, ci = (lax.axis_index(name) for name in _GRID)
@@ -167,21 +167,31 @@ def gradients(
         def for_next(get, k):
             pl.when(k + 1 < block)(lambda: get(k + 1))
 
-        first, second = halves = pl.ds(0, HALF), pl.ds(HALF, HALF)
+        first, second = pl.ds(0, HALF), pl.ds(HALF, HALF)
+
+        def zeros(width):
+            return plgpu.layout_cast(jnp.zeros((T, width), jnp.float32), WG)
+
+        def from_rest(rest):
+            """Of what products add to: 0 for what turns, as its gradient still has to, and the other's total so far."""
+            return begin(jnp.concatenate([zeros(HALF), rest], axis=1), simulated)
+
+        def add_up_columns(total, which, head, scratch):
+            column_sums(jnp.concatenate(total, axis=1), dbias_ref.at[index, ci, head, which], scratch, simulated)
 
         @pl.when(warpgroup == _SCORES)
         def _():
             plgpu.barrier_arrive(free)
             plgpu.barrier_wait(raw_here)
             row, column = iotas()
+            chosen = selectors(row, column, simulated)
+            omega = widen(load_tile(rate), simulated)
+            omega = omega[:, :S] + omega[:, S:]
 
             def phase_sums(q, k, step, domega):
                 """Adds head k's part to dω, and writes that of Δ: from dφ, two parts of which are in `weights`."""
                 q = q[:, :S] + q[:, S:]
-                omega = widen(load_tile(rate), simulated)
-                vector_ref[index, block_index * block + k, ci, TURN] = jnp.sum(
-                    q * (omega[:, :S] + omega[:, S:]), axis=1
-                )
+                vector_ref[index, block_index * block + k, ci, TURN] = jnp.sum(q * omega, axis=1)
                 return domega + rows(step, S) * q
 
             def step_of(k):
@@ -189,7 +199,7 @@ def gradients(
                 return load_rows(here.at[STEP_HIGH]) + load_rows(here.at[STEP_LOW])
 
             def one(k, carry):
-                total, domega = carry
+                *total, domega = carry
                 slot, head, here, grad, vectors = at(k)
                 x_tile, g_tile, constant = both_x.at[slot], both_g.at[slot], both_constants.at[slot]
                 plgpu.barrier_wait(small_here.at[slot])
@@ -198,7 +208,7 @@ def gradients(
                     bias = load_cols(constant.at[which, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
                     return load_tile(raw.at[which, :, pl.ds(HALF, HALF)]) + cols(bias, T)
 
-                cos, sin = turn_by_hand(here, both_starts.at[slot, pl.ds(0, S)], rate, row, column, simulated)
+                cos, sin = turn_by_hand(here, both_starts.at[slot, pl.ds(0, S)], rate, chosen, simulated)
                 turned = [
                     turning(raw.at[which], constant.at[pl.ds(which, 1)], cos, sin, simulated) for which in range(2)
                 ]
@@ -213,11 +223,10 @@ def gradients(
                 publish(simulated)
                 plgpu.barrier_arrive(ready)
                 meet(simulated)
-                q = product(None, anticausal_ones(row, column, simulated), weights, simulated)
+                q = product(None, anticausal_ones(chosen, simulated), weights, simulated)
                 scores = product(None, rot_c, rot_b, simulated, b_t=True)
                 decay = load_rows(here.at[DECAY])
-                below = rows(decay, T) - cols(load_cols(here.at[OTHER]), T)
-                mix = jnp.exp2(strictly_below(below, row, column, simulated))
+                mix = jnp.exp2(rows(decay, T) - cols(load_cols(here.at[OTHER]), T))
                 gamma = jnp.exp2(load_rows(here.at[OWN]))
                 domega = phase_sums(settle(q, 1, simulated), before, step, domega)
                 meet(simulated)  # no product reads `weights` any more
@@ -225,20 +234,20 @@ def gradients(
                 plgpu.barrier_wait(ready)
                 overlaps = product(None, g_tile, x_tile, simulated, b_t=True)
                 scores = settle(scores, 1, simulated)
-                weights[...] = (scores * mix).astype(jnp.bfloat16)
+                weights[...] = triangle((scores * mix).astype(jnp.bfloat16), None, chosen, simulated)
                 own = pick(scores, row, column, 0, simulated)
                 score[...] = own
                 scaled = load_tile(g_tile) * rows(jnp.exp2(decay).astype(jnp.bfloat16), P)
-                both = put_on_diagonal(mix, gamma, row, column, simulated)
                 overlaps = settle(overlaps, 0, simulated)
-                narrow = (overlaps * both).astype(jnp.bfloat16)
+                overlap = pick(overlaps, row, column, 0, simulated)
+                narrow = triangle((overlaps * mix).astype(jnp.bfloat16), gamma * overlap, chosen, simulated)
                 dscores[...] = narrow
                 publish(simulated)
                 plgpu.barrier_arrive(mixed)
                 vectors[SCORE] = own
-                vectors[OVERLAP] = pick(overlaps, row, column, 0, simulated)
+                vectors[OVERLAP] = overlap
                 plgpu.barrier_wait(states_here)
-                dc = product(None, scaled, ssm, simulated)
+                dc = product(from_rest(total[1]), scaled, ssm, simulated)
                 dc = product(dc, narrow, rot_b, simulated)
                 flow = product(None, grad.at[:, first], following.at[:, first], simulated, a_t=True)
                 dc = settle(dc, 1, simulated)
@@ -247,22 +256,20 @@ def gradients(
                 flow = settle(flow, 0, simulated)
                 vectors[TURNED_FLOW] = pick(flow, row, column, S, simulated)
                 flow = product(begin(flow, simulated), grad.at[:, second], following.at[:, second], simulated, a_t=True)
-                dc = _turned_back(dc, turns, simulated)
+                total = _with_turned_back(total[0], dc, turns, simulated)
                 vectors[FLOW] = pick(settle(flow, 0, simulated), row, column, 0, simulated)
                 meet(simulated)  # no product reads H' any more
+                add_up_columns(total, 1, head, following)
+                publish(simulated)
+                meet(simulated)
                 for_next(get_after, k)
-                for half in range(2):
-                    out = dbias_ref.at[index, ci, head, 1, halves[half]]
-                    column_sums(dc[:, half * HALF : (half + 1) * HALF], out, partial, simulated)
-                    meet(simulated)
                 plgpu.barrier_arrive(free)
-                return total + dc, domega
+                return *total, domega
 
-            zeros = tuple(plgpu.layout_cast(jnp.zeros((T, w), jnp.float32), WG) for w in (N, S))
-            total, domega = lax.fori_loop(0, block, one, zeros)
-            dc_ref[block_index, index, span] = total
+            *total, domega = lax.fori_loop(0, block, one, (zeros(HALF), zeros(HALF), zeros(S)))
+            dc_ref[block_index, index, span] = jnp.concatenate(total, axis=1).astype(dc_ref.dtype)
             plgpu.barrier_wait(free)
-            q = settle(product(None, anticausal_ones(row, column, simulated), weights, simulated), 0, simulated)
+            q = settle(product(None, anticausal_ones(chosen, simulated), weights, simulated), 0, simulated)
             domega_ref[block_index, index, span] = phase_sums(q, block - 1, step_of(block - 1), domega)
 
         @pl.when(warpgroup == _VALUES)
@@ -288,10 +295,11 @@ def gradients(
                     z_tile = both_z.at[slot]
                     half = widen(load_tile(z_tile) * jnp.bfloat16(0.5), simulated)
                     tanh = jnp.tanh(half)
-                    silu, gate = half * tanh + half, 0.5 * tanh + 0.5
                     dy = widen(load_tile(g_tile), simulated)
-                    g_tile[...] = (dy * silu).astype(jnp.bfloat16)
-                    z_tile[...] = (dy * ((gate + silu) - silu * gate)).astype(jnp.bfloat16)
+                    twice = dy * tanh + dy  # 2 dy sigmoid(z)
+                    g = twice * half
+                    g_tile[...] = g.astype(jnp.bfloat16)
+                    z_tile[...] = (twice + (g - g * tanh)).astype(jnp.bfloat16) * jnp.bfloat16(0.5)
                     publish(simulated)
                 plgpu.barrier_arrive(ready)
                 plgpu.barrier_wait(states_here)
@@ -320,14 +328,14 @@ def gradients(
                     vectors[QUERY], _ = _along(y, g, x, kept, None, simulated)
                 else:
                     vectors[QUERY], z_tile[...] = _along(y, g, x, kept, load_tile(z_tile), simulated)
-                db = product(None, scaled, grad, simulated)
+                db = product(from_rest(total[1]), scaled, grad, simulated)
                 db = product(db, dscores, rot_c, simulated, a_t=True)
                 vectors[KEY], narrow = _along(settle(dx, 2, simulated), x, g, kept, None, simulated)
                 meet(simulated)  # no product reads x or weights any more
                 x_tile[...] = narrow
                 db = settle(db, 0, simulated)
                 dphase = _phase(db, rot_b, simulated)
-                db = _turned_back(db, turns, simulated)
+                total = _with_turned_back(total[0], db, turns, simulated)
                 plgpu.barrier_wait(scored)
                 for_next(get_ssm, k)
                 dphase = dphase + unstash(phase, simulated)
@@ -339,17 +347,16 @@ def gradients(
                 if z is not None:
                     plgpu.copy_smem_to_gmem(z_tile, dz_ref.at[index, span, head])
                 plgpu.copy_smem_to_gmem(x_tile, dx_ref.at[index, span, head])
-                for half in range(2):
-                    out = dbias_ref.at[index, ci, head, 0, halves[half]]
-                    column_sums(db[:, half * HALF : (half + 1) * HALF], out, phase.at[pl.ds(8 * half, 8)], simulated)
+                add_up_columns(total, 0, head, rot_b)
                 plgpu.barrier_arrive(free)
-                return total + db
+                return total
 
-            zeros = plgpu.layout_cast(jnp.zeros((T, N), jnp.float32), WG)
-            db_ref[block_index, index, span] = lax.fori_loop(0, block, one, zeros)
+            total = lax.fori_loop(0, block, one, (zeros(HALF), zeros(HALF)))
+            db_ref[block_index, index, span] = jnp.concatenate(total, axis=1).astype(db_ref.dtype)
             plgpu.wait_smem_to_gmem(0)
 
-    per_block = jax.ShapeDtypeStruct((blocks, batch, length, N), jnp.float32)
+    # Rounded where nothing is left to be added.
+    per_block = jax.ShapeDtypeStruct((blocks, batch, length, N), b.dtype if block == per_group else jnp.float32)
     out = Gradients(
         x=jax.ShapeDtypeStruct(x.shape, x.dtype),
         z=None if z is None else jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -367,7 +374,6 @@ def gradients(
             # x, z, dy of two heads; weights, dS, ω
             tile(2, T, P), None if z is None else tile(2, T, P), tile(2, T, P), tile(3, T, T),
             plgpu.SMEM((2, T, S) if simulated else (T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
-            plgpu.SMEM((4, HALF), jnp.float32),
             plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((3, T), jnp.float32),
             plgpu.SMEM((2, 3, N), jnp.float32),
             plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=2 + (z is not None), num_barriers=2),
@@ -387,11 +393,12 @@ def _phase(down: jax.Array, rotated, simulated: bool) -> jax.Array:
     return down[:, S : 2 * S] * v[:, :S] - down[:, :S] * v[:, S:]
 
 
-def _turned_back(down: jax.Array, turns, simulated: bool) -> jax.Array:
-    """Gradient [T, N] of B or C from that of what is rotated."""
+def _with_turned_back(total: jax.Array, down: jax.Array, turns, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """Total gradient of B or C, of what turns with this head's, from that of what is rotated, and of the rest."""
     cos, sin = unstash_turns(turns, simulated)
-    real, imag, rest = down[:, :S], down[:, S : 2 * S], down[:, 2 * S :]
-    return jnp.concatenate([real * cos + imag * sin, imag * cos - real * sin, rest], axis=1)
+    real, imag = down[:, :S], down[:, S : 2 * S]
+    turned = [(total[:, :S] + real * cos) + imag * sin, (total[:, S:] + imag * cos) - real * sin]
+    return jnp.concatenate(turned, axis=1), down[:, 2 * S :]
 
 
 def _along(v: jax.Array, left, right, kept, factor, simulated: bool) -> tuple[jax.Array, jax.Array]:

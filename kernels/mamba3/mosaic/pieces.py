@@ -102,8 +102,8 @@ def turn(coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhil
     """Cosine and sine [T, S] of the phases: that of the chunk's start plus Σ_{j ≤ i} Δ_j ω_j, in radians.
 
     The sum is a product of a triangle holding Δ with ω. Both come as two bfloat16 parts, off by 2^-17 of them, as is a
-    step Δω; sums are reduced to half a turn before cosine and sine. `meanwhile` is called while the product runs;
-    what it returns comes third.
+    step Δω. Cosine and sine reduce sums themselves, by a product that is off by as much as the sum's own rounding.
+    `meanwhile` is called while the product runs; what it returns comes third.
     """
     high, low = _step_triangles(coefficients, row, column, simulated)
 
@@ -114,7 +114,8 @@ def turn(coefficients, start, rates, row: jax.Array, column: jax.Array, meanwhil
         return acc[...], done
 
     parts, done = pl.run_scoped(sum_steps, plgpu.ACC((T, 2 * S), jnp.float32))
-    return *cos_sin((parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T), simulated), done
+    angle = (parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T)
+    return jnp.cos(angle), jnp.sin(angle), done
 
 
 def turn_apart(
@@ -122,8 +123,7 @@ def turn_apart(
 ):
     """`turn` with the parts of ω apart, which takes half the accumulators, and without the product of the low parts.
 
-    Cosine and sine reduce sums themselves, by a product that is off by as much as the sum's own rounding. With `tight`
-    the low parts of Δ take the registers of the high ones.
+    With `tight` the low parts of Δ take the registers of the high ones.
     """
     high, low = _step_triangles(coefficients, row, column, simulated)
 
@@ -174,48 +174,6 @@ def mixing(coefficients, row: jax.Array, column: jax.Array, from_start: jax.Arra
     below = rows(from_start, T) - cols(load_cols(coefficients.at[OTHER]), T)
     diagonal = cols(load_cols(coefficients.at[OWN]), T)
     return jnp.exp2(_causal_exponent(row, column, below, diagonal, simulated))
-
-
-def strictly_below(v: jax.Array, row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
-    """float32 [T, T]: v where i > j, else -inf."""
-    if simulated:
-        return jnp.where(row > column, v, -jnp.inf)
-
-    @plgpu.inline_mgpu(arg_types=(WG,) * 3, return_type=plgpu.ShapeDtypeStruct((T, T), jnp.float32, layout=WG))
-    def inline(ctx, v, row, column):
-        f32 = ir.F32Type.get()
-        below = _Below(row, column)
-        never = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
-        out = np.empty_like(v.registers)
-        for index, register in np.ndenumerate(v.registers):
-            pair = [vector.extract(register, [], [element]) for element in range(2)]
-            pair = [arith.select(below(index, element, 1), one, never) for element, one in enumerate(pair)]
-            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
-        return type(v)(_registers=out, _layout=v.layout, _is_signed=None)
-
-    return inline(v, row, column)
-
-
-def put_on_diagonal(v: jax.Array, diagonal: jax.Array, row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
-    """float32 [T, T]: v, but where i = j, diagonal_i; v must be 0 there and above."""
-    diagonal = rows(diagonal, T)
-    if simulated:
-        return jnp.where(row == column, diagonal, v)
-
-    @plgpu.inline_mgpu(arg_types=(WG,) * 4, return_type=plgpu.ShapeDtypeStruct((T, T), jnp.float32, layout=WG))
-    def inline(ctx, v, diagonal, row, column):
-        f32 = ir.F32Type.get()
-        equal = _Below(row, column, arith.CmpIPredicate.eq)
-        out = np.empty_like(v.registers)
-        for index, register in np.ndenumerate(v.registers):
-            pair = [
-                arith.select(equal(index, element, 0), *(vector.extract(r, [], [element]) for r in (own, register)))
-                for element, own in enumerate([diagonal.registers[index]] * 2)
-            ]
-            out[index] = vector.from_elements(ir.VectorType.get((2,), f32), pair)
-        return type(v)(_registers=out, _layout=v.layout, _is_signed=None)
-
-    return inline(v, diagonal, row, column)
 
 
 def pick(v: jax.Array, row: jax.Array, column: jax.Array, offset: int, simulated: bool) -> jax.Array:
@@ -346,50 +304,37 @@ def _int(value: int) -> ir.Value:
 
 
 class _Below:
-    """Whether i - j ≥ bound (or = bound) at an element of a [T, T] array, compared once per distinct bound of a thread.
+    """Whether i - j ≥ bound at an element of a [T, T] array, compared once per distinct bound of a thread.
 
     A thread's registers are [1, k, 1, 1, r, ...]: column block of 8, half of 16 rows; each holds two columns.
     """
 
-    def __init__(self, row, column, predicate=arith.CmpIPredicate.sge):
+    def __init__(self, row, column):
         assert row.registers.shape[:5] == (1, T // 8, 1, 1, 2) and row.registers.size == T // 4, row.registers.shape
         first = [vector.extract(v.registers.flat[0], [], [0]) for v in (row, column)]
         self._difference = arith.subi(*first)  # of this thread's first element
-        self._predicate = predicate
         self._made = {}
 
     def __call__(self, index: tuple[int, ...], element: int, bound: int) -> ir.Value:
         bound += 8 * index[1] + element - 8 * index[4]
         if bound not in self._made:
-            self._made[bound] = arith.cmpi(self._predicate, self._difference, _int(bound))
+            self._made[bound] = arith.cmpi(arith.CmpIPredicate.sge, self._difference, _int(bound))
         return self._made[bound]
-
-
-def anticausal_ones(row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
-    """bfloat16 [T, T]: 1 where i ≤ j, else 0."""
-    if simulated:
-        return jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16)
-    return _ones(row, column, (0, 0x3F800000, 0x3F803F80), 1)
 
 
 def _causal_ones(row: jax.Array, column: jax.Array, simulated: bool) -> jax.Array:
     """bfloat16 [T, T]: 1 where i ≥ j, else 0."""
     if simulated:
         return jnp.where(row >= column, 1.0, 0.0).astype(jnp.bfloat16)
-    return _ones(row, column, (0x3F803F80, 0x3F80, 0), 0)
-
-
-def _ones(row: jax.Array, column: jax.Array, pairs: tuple[int, int, int], bound: int) -> jax.Array:
-    """bfloat16 [T, T]; pairs: bits of (i, j) and (i, j + 1) where i - j ≥ bound at both, at the first, at neither."""
 
     @plgpu.inline_mgpu(arg_types=(WG, WG), return_type=plgpu.ShapeDtypeStruct((T, T), jnp.bfloat16, layout=WG))
     def inline(ctx, row, column):
         below = _Below(row, column)
-        both, first, neither = (_int(v) for v in pairs)
+        both, first, neither = (_int(v) for v in (0x3F803F80, 0x3F80, 0))
         out = np.empty_like(row.registers)
         for index, _ in np.ndenumerate(row.registers):
-            bits = arith.select(below(index, 0, bound), first, neither)
-            bits = arith.select(below(index, 1, bound), both, bits)
+            bits = arith.select(below(index, 0, 0), first, neither)
+            bits = arith.select(below(index, 1, 0), both, bits)
             bits = vector.from_elements(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), [bits])
             out[index] = vector.bitcast(ir.VectorType.get((2,), ir.BF16Type.get()), bits)
         return type(row)(_registers=out, _layout=row.layout, _is_signed=None)

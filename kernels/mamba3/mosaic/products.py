@@ -11,64 +11,73 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 
-from .pieces import STEP_HIGH, STEP_LOW, WG, S, T, _causal_ones, _int, _places, cols, cos_sin, load_cols, load_tile
-from .wgmma import array_of, product, settle
+from .pieces import STEP_HIGH, STEP_LOW, WG, S, T, _int, _places, cols, load_cols, load_tile
+from .triangles import causal_ones
+from .wgmma import array_of, product, ref_type, settle
 
 
-def turn_by_hand(coefficients, start, rates, row: jax.Array, column: jax.Array, simulated: bool):
-    """Cosine and sine as `turn` in pieces.py has them."""
-    causal = _causal_ones(row, column, simulated)
-    acc = None
+def turn_by_hand(coefficients, start, rates, chosen: jax.Array, simulated: bool):
+    """Cosine and sine as `turn` in pieces.py has them; `chosen`: selectors (triangles.py)."""
+    causal, acc = causal_ones(chosen, simulated), None
     for k in (STEP_HIGH, STEP_LOW):
         part = causal * cols(load_cols(coefficients.at[k]).astype(jnp.bfloat16), T)
         acc = product(acc, part, rates, simulated)
     parts = settle(acc, 0, simulated)
-    return cos_sin((parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T), simulated)
+    angle = (parts[:, :S] + parts[:, S:]) + cols(load_cols(start), T)
+    return jnp.cos(angle), jnp.sin(angle)
 
 
-def column_sums(v: jax.Array, out, partial, simulated: bool) -> None:
-    """Sums of v, float32 [64, 64], over its rows to out [64] of global memory; partial: [4, 64] of shared memory.
+def column_sums(v: jax.Array, out, scratch, simulated: bool) -> None:
+    """Sums of v, float32 [64, 128], over its rows to out [128] of global memory; scratch: a [64, 128] tile.
 
-    What of a column a warp's threads have goes to one of them, halving what each has at every exchange.
+    A thread stores what it has of a column, from two rows. The scratch gets [8, 32, 4] fours of numbers: pairs of
+    blocks of eight columns; rows of warps and lanes; two columns of each of the blocks. A thread then adds up eight.
     """
     if simulated:
         out[...] = jnp.sum(v, axis=0)
         return
 
-    @plgpu.inline_mgpu(arg_types=(WG, plgpu.RefType(), plgpu.RefType()))
-    def inline(ctx, v, out, partial):
+    @plgpu.inline_mgpu(arg_types=(WG, plgpu.RefType(), ref_type(scratch)))
+    def inline(ctx, v, out, scratch):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        two = ir.VectorType.get((2,), f32)
+        four = ir.VectorType.get((4,), f32)
         thread = arith.andi(arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x)), _int(127))
-        lane = arith.andi(thread, _int(31))
-        registers = v.registers.reshape(8, 2)
-        sums = [arith.addf(*registers[k]) for k in range(8)]  # a column block of eight each
-        sums = [[vector.extract(r, [], [e]) for e in range(2)] for r in sums]
-        for distance in (16, 8, 4):
-            high = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, _int(distance)), _int(0))
+        lane, warp = arith.andi(thread, _int(31)), arith.shrui(thread, _int(5))
+        bit = [arith.andi(arith.shrui(lane, _int(k)), _int(1)) for k in range(5)]
+        base = mgpu.utils.memref_ptr(scratch)
+        registers = v.registers.reshape(16, 2)
+        pairs = [arith.addf(*registers[k]) for k in range(16)]
+        mine = mgpu.utils.getelementptr(base, [thread], four)
+        for k in range(8):
+            numbers = [vector.extract(pairs[2 * k + half], [], [e]) for half in range(2) for e in range(2)]
+            at = mgpu.utils.getelementptr(mine, [128 * k], four)
+            llvm.store(vector.from_elements(four, numbers), at, alignment=16)
+        mgpu.warpgroup_barrier()
+        # A lane has even or odd rows of one half, and what four lanes have found is then put together.
+        place = arith.addi(arith.muli(warp, _int(256)), arith.muli(bit[4], _int(128)))
+        place = arith.addi(arith.addi(place, arith.muli(bit[3], _int(64))), arith.andi(lane, _int(7)))
+        mine = mgpu.utils.getelementptr(base, [place], four)
+        total = None
+        for k in range(8):
+            one = llvm.load(four, mgpu.utils.getelementptr(mine, [8 * k], four), alignment=16)
+            total = one if total is None else arith.addf(total, one)
+        sums = [vector.extract(total, [], [k]) for k in range(4)]
+        for distance, which in ((4, bit[2]), (8, bit[3])):
+            high = arith.cmpi(arith.CmpIPredicate.ne, which, _int(0))
             half = len(sums) // 2
             kept = []
-            for low_pair, high_pair in zip(sums[:half], sums[half:], strict=True):
-                pair = []
-                for a, b in zip(low_pair, high_pair, strict=True):
-                    mine, other = arith.select(high, b, a), arith.select(high, a, b)
-                    other = nvvm.shfl_sync(_int(-1), other, _int(distance), _int(31), nvvm.ShflKind.bfly)
-                    pair.append(arith.addf(mine, other))
-                kept.append(pair)
+            for a, b in zip(sums[:half], sums[half:], strict=True):
+                own, other = arith.select(high, b, a), arith.select(high, a, b)
+                other = nvvm.shfl_sync(_int(-1), other, _int(distance), _int(31), nvvm.ShflKind.bfly)
+                kept.append(arith.addf(own, other))
             sums = kept
-        # Now a lane has columns 2 lane and 2 lane + 1.
-        base = mgpu.utils.memref_ptr(partial)
-        llvm.store(vector.from_elements(two, sums[0]), mgpu.utils.getelementptr(base, [thread], two), alignment=8)
-        mgpu.warpgroup_barrier()
-        total = None
-        for warp in range(4):
-            at = mgpu.utils.getelementptr(base, [arith.addi(lane, _int(32 * warp))], two)
-            one = llvm.load(two, at, alignment=8)
-            total = one if total is None else arith.addf(total, one)
-        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [lane], two)
-        llvm.store(total, pointer, alignment=8)
+        column = arith.addi(arith.muli(warp, _int(32)), arith.muli(bit[4], _int(16)))
+        column = arith.addi(column, arith.muli(bit[2], _int(8)))
+        column = arith.addi(column, arith.addi(arith.muli(arith.andi(lane, _int(3)), _int(2)), bit[3]))
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [column], f32)
+        llvm.store(sums[0], pointer, alignment=4)
 
-    inline(v, out, partial)
+    inline(v, out, scratch)
 
 
 def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool, layout=WG) -> None:

@@ -65,7 +65,7 @@ def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, 
         nvvm.wgmma_commit_group_sync_aligned()
         return array_of(IN_FLIGHT, (64, n), np.array(registers))
 
-    types = (WG if in_registers else _type(a), _type(b)) + ((IN_FLIGHT,) if acc is not None else ())
+    types = (WG if in_registers else ref_type(a), ref_type(b)) + ((IN_FLIGHT,) if acc is not None else ())
     out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
 
@@ -85,7 +85,8 @@ def _swizzle(ref) -> int:
     return 128 if len(ref.shape) == 2 else min(128, 2 * ref.shape[-1])
 
 
-def _type(ref) -> plgpu.RefType:
+def ref_type(ref) -> plgpu.RefType:
+    """Of a matrix in shared memory, as `product` takes it."""
     tiled = (plgpu.TilingTransform((8, 64)),) if len(ref.shape) == 2 else ()
     return plgpu.RefType((*tiled, plgpu.SwizzleTransform(_swizzle(ref))))
 
