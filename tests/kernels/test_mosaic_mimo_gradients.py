@@ -25,20 +25,21 @@ CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(
 
 
 @needs_new_jax
-@pytest.mark.parametrize(("case", "block", "segments", "packed"), [
-    (dataclasses.replace(CASE, h=1), 1, 1, False),
-    (dataclasses.replace(CASE, b=2, l=2 * T + 9, h=4, g=2), 2, 2, False),
-    (dataclasses.replace(CASE, l=3 * T + 8, r=2), 2, 1, True),
-    (dataclasses.replace(CASE, l=2 * T, log_decay=(2, 6)), 1, 2, False),
-    (dataclasses.replace(CASE, l=T + 9, norm=True), 2, 2, False),
-    (dataclasses.replace(CASE, l=2 * T + 8, r=2, bare=True), 1, 1, True),
+@pytest.mark.parametrize(("case", "block", "count", "segments", "packed"), [
+    (dataclasses.replace(CASE, h=1), 1, 1, 1, False),
+    (dataclasses.replace(CASE, b=2, l=4 * T + 9, g=2), 1, 4, 2, False),
+    (dataclasses.replace(CASE, l=4 * T + 8, r=2), 2, 2, 1, True),
+    (dataclasses.replace(CASE, l=2 * T, log_decay=(2, 6)), 1, 1, 2, False),
+    (dataclasses.replace(CASE, l=T + 9, norm=True), 2, 1, 2, False),
+    (dataclasses.replace(CASE, l=2 * T + 8, r=2, bare=True), 1, 2, 1, True),
 ], ids=["one_chunk", "groups", "rank_2_documents", "strong_decay", "norm", "bare_rank_2_documents"])  # fmt: skip
-def test_matches_reference(monkeypatch, case, block, segments, packed):
+def test_matches_reference(monkeypatch, case, block, count, segments, packed):
     """Each gradient by name, of everything that a scan returns."""
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, segments)
     monkeypatch.setattr(mimo_backward, "choose_block", lambda *_: block)
+    monkeypatch.setattr(mimo_backward, "choose_count", lambda *_: count)
     args, state = mimo_arguments(case)
     options = {"segment_ids": documents(case)} if packed else {}
     run = differentiated(implementation="mosaic", **options)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..cotangents import Parts, phase_flow
 from ..inputs import Inputs, Weights
-from .backward import choose_block
+from .backward import choose_block, choose_count
 from .forward import Prepared
 from .mimo_forward import Operands
 from .mimo_gradients import Gradients, gradients
@@ -45,8 +45,12 @@ def kernels(
     chunk_grad, flows, first_grad = state_gradients(
         dy, z, c, prepared, weights, chunk_ssm, dssm, segments=segments, interpret=interpret
     )
-    block = choose_block(batch, length * c.shape[2], heads, b.shape[3])  # of rows, as many to a chunk as there
-    found = gradients(x, z, dy, b, c, prepared, weights, d, chunk_ssm, chunk_grad, block=block, interpret=interpret)
+    ranks = c.shape[2]
+    block = choose_block(batch, length * ranks, heads, b.shape[3])  # of rows, as many to a chunk as there
+    count = choose_count(batch * length // positions(ranks) * (heads // block))
+    found = gradients(
+        x, z, dy, b, c, prepared, weights, d, chunk_ssm, chunk_grad, block=block, count=count, interpret=interpret
+    )
     return Found(found, flows), first_grad
 
 
@@ -73,8 +77,8 @@ def parts(
         v = v.reshape(*v.shape[:4], pairs, span, N).transpose(0, 1, 2, 5, 4, 3, 6)
         return v.reshape(v.shape[0], batch, -1, ranks, N)[:, :, :length]
 
-    def of_weight(v: jax.Array) -> jax.Array:  # [b, chunks, h, width, r] → [h, r, width]
-        return jnp.swapaxes(v.sum(axis=(0, 1)), 1, 2)
+    def of_weight(v: jax.Array) -> jax.Array:  # [programs, h, .., RANKS] → [h, r, width]
+        return jnp.swapaxes(v.sum(axis=0).reshape(heads, -1, v.shape[-1])[..., :ranks], 1, 2)
 
     later = np.tri(span, dtype=np.float32)  # a step of the decay reaches every later position
     along = vector(QUERIES, ALONG) - vector(KEYS, ALONG)
@@ -89,11 +93,11 @@ def parts(
         last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
         last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
     of_weights = {
-        "b_bias": of_weight(found.biases[:, :, :, KEYS]),
-        "c_bias": of_weight(found.biases[:, :, :, QUERIES]),
-        "mimo_x": of_weight(found.mimo[:, :, :, OF_X]),
-        "mimo_z": of_weight(found.mimo[:, :, :, OF_Z]),
-        "mimo_o": of_weight(found.mimo[:, :, :, OF_O]),
+        "b_bias": of_weight(found.biases[:, :, KEYS]),
+        "c_bias": of_weight(found.biases[:, :, QUERIES]),
+        "mimo_x": of_weight(found.mimo[:, :, OF_X]),
+        "mimo_z": of_weight(found.mimo[:, :, OF_Z]),
+        "mimo_o": of_weight(found.mimo[:, :, OF_O]),
         "d": vector(KEYS, OVERLAP).sum(axis=(0, 2, 3)),
         "norm_weight": None,
     }

@@ -79,7 +79,7 @@ class Shared(NamedTuple):
         return Shared(
             mimo.blocks(2), mimo.blocks(2), tile(2, 2, P, N), tile(2, span, P), tile(2, span, P) if gated else None,
             tile(2, span if gated else ROWS, P), tile(2, ROWS, P), mimo.blocks(2),
-            tile(2 if ranks == 4 else 1, HALF_ROWS, 2 * S), tile(8, ROWS),
+            tile(2 if ranks == 4 else 1, HALF_ROWS, 2 * S), tile(2, 8, ROWS),
             floats((2, HALF_ROWS, S) if simulated else (HALF_ROWS, S)), rates_of_chunk(ranks),
             floats((2, COEFFICIENTS, span)), floats((2, S)), floats((2, ranks, of.WEIGHTS, P)),
             plgpu.Barrier(num_arrivals=ranks + 2), plgpu.Barrier(num_arrivals=7 + gated, num_barriers=2),
@@ -93,7 +93,7 @@ class Written(NamedTuple):
 
     value: jax.Array | None
     biases: jax.Array
-    mimo: jax.Array
+    mimo: jax.Array  # of the side
     vectors: jax.Array
 
 
@@ -125,10 +125,12 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
     rotate(shared.raw.at[side + zero], own, *biases, weight, cos, sin, simulated)
     publish(simulated)
     plgpu.barrier_arrive(shared.ready)
+    meet(simulated)
+    y = product(None, own, state, simulated, b_t=True)  # needs nothing of the other side
     plgpu.barrier_wait(shared.ready)
 
     of_values, narrow, scale = _through_scores(
-        side, own, other, state, values, shared.values.at[1 - side + zero], here, row, column, skip, to.vectors, ranks,
+        side, own, other, y, values, shared.values.at[1 - side + zero], here, row, column, skip, to.vectors, ranks,
         simulated,
     )  # fmt: skip
     staged = shared.staged.at[side + zero]
@@ -151,15 +153,13 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
     down = product(down, narrow, other, simulated)
     publish(simulated)
     meet(simulated)  # staged
-    found = [
-        product(None, staged.at[:, :, k], shared.ones, simulated, a_t=True, b_t=True) for k in range(len(for_sums))
-    ]
+    found = _over_positions(staged, len(for_sums), shared.ones, simulated)
     if ranks == 4 and value_tile is not None:
         mimo.store_sum(value_tile, sums, value, simulated)
     elif value_tile is not None:
         value_tile[...] = value.astype(jnp.bfloat16)
 
-    down = split(settle(down, len(found), simulated), simulated)
+    down = split(settle(down, len(for_sums), simulated), simulated)
     cos, sin = unstash_turns(shared.turns, simulated, POS)
     step = _along_rows(here, ranks, simulated, S, STEP_HIGH) + _along_rows(here, ranks, simulated, S, STEP_LOW)
     plgpu.barrier_arrive(shared.free)
@@ -170,9 +170,7 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
         dphase += imag * v[:, :S] - real * v[:, S:]
         back.append(jnp.concatenate([real * cos + imag * sin, imag * cos - real * sin, rest], axis=1))
     total = total + join(*back, simulated)
-    for k, v in enumerate(found):
-        v = settle(v, len(found) - 1 - k, simulated)
-        mimo.store_counted(to.mimo.at[k if side == QUERIES else OF_X], v, ranks, simulated)
+    of_mimo = settle(found, 0, simulated) if for_sums else None
     publish(simulated)
     meet(simulated)  # no warp's products read what was staged; the value is in its tile
     if value_tile is not None:
@@ -188,27 +186,27 @@ def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: i
     later = spread(jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16), simulated)
     later = jnp.concatenate([later] * (ranks // 2), axis=1)  # of the positions of every pair
     phase = product(None, join(later, later, simulated), dphase_tile, simulated)
-    found = [product(None, staged.at[:, :, k], shared.ones, simulated, a_t=True, b_t=True) for k in range(2)]
+    found = _over_positions(staged, 2, shared.ones, simulated)
     phase, _ = split(settle(phase, 2, simulated), simulated)
     phase = phase[:, :S] + phase[:, S:]
     rates = [spread(widen(load_tile(shared.rates.at[k], positions_layout(ranks)), simulated, positions_layout(ranks)),
                     simulated) for k in range(2)]  # fmt: skip
     to.vectors[TURN] = jnp.sum(phase * (rates[0] + rates[1]), axis=1) * (2 / ranks)  # every pair has the sum
-    for k, v in enumerate(found):
-        mimo.store_counted(to.biases.at[pl.ds(64 * k, 64)], settle(v, 1 - k, simulated), ranks, simulated)
+    if of_mimo is not None:  # not sooner, as `publish` may wait for what leaves
+        mimo.add_counted(to.mimo, of_mimo, simulated)
+    mimo.add_counted(to.biases, settle(found, 0, simulated), simulated)
     if ranks == 2:
         meet(simulated)  # no warp's products read `dphase_tile`, where the next but one dy may arrive
     return total, domega + step * phase
 
 
 def _through_scores(
-    side: int, own, other, state, values, other_values, here, row, column, skip, vectors, ranks: int, simulated: bool
+    side: int, own, other, y, values, other_values, here, row, column, skip, vectors, ranks: int, simulated: bool
 ):
     """y or dX by rank; weighted products of own values with others', bfloat16; what scales own values with the state.
 
-    Writes `vectors` but for TURN.
+    `y`: the product of own rows and the state, in flight. Writes `vectors` but for TURN.
     """
-    y = product(None, own, state, simulated, b_t=True)
     scores = product(None, own, other, simulated, b_t=True)
     over = product(None, join(*values, simulated), other_values, simulated, b_t=True)
     mix = mixing(side == KEYS, here, row, column, ranks)
@@ -239,6 +237,14 @@ def _through_scores(
         vectors[OVERLAP] = jnp.sum(overlap, axis=1)
     narrow = weigh(over, mix, simulated)
     return split(settle(y, 0, simulated), simulated), narrow, narrow_scale
+
+
+def _over_positions(staged, count: int, ones, simulated: bool) -> jax.Array | None:
+    """Sums over positions of so many halves of what was staged, [64, 8], as `mimo_pieces.add_counted` takes them."""
+    found = None
+    for k in range(count):
+        found = product(found, staged.at[:, :, k], ones.at[k], simulated, a_t=True, b_t=True)
+    return found
 
 
 def _load(ref, ranks: int, simulated: bool) -> jax.Array:

@@ -27,6 +27,7 @@ from .wgmma import array_of
 
 ROWS = 64  # of a chunk
 HALF_ROWS = ROWS // 2  # one rank of every pair
+RANKS = 4  # at most
 BLOCKS = (4, 2, 2, 8, 64)
 
 POS = plgpu.Layout.TILED(
@@ -228,30 +229,32 @@ def unspread(v: jax.Array, ranks: int, simulated: bool) -> jax.Array:
     )(v)
 
 
-def store_counted(out, v: jax.Array, ranks: int, simulated: bool) -> None:
-    """The first columns, one for each rank, of v [64, 8] (WG) to `out` [64, r] in global memory."""
+def add_counted(out, v: jax.Array | None, simulated: bool) -> None:
+    """Adds v [64, 8] (WG) to `out` [2, 64, RANKS] in global memory, its columns in two halves; None: sets `out` to 0.
+
+    A number is always added by the same thread, so the order of additions is that of the program.
+    """
     if simulated:
-        out[...] = v[:, :ranks]
+        out[...] = jnp.zeros(out.shape) if v is None else out[...] + jnp.stack(jnp.split(v, 2, axis=1))
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG))
-    def inline(ctx, out, v):
-        i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
-        c = mgpu.utils.c
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(() if v is None else (WG,))))
+    def inline(ctx, out, *v):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        c, two = mgpu.utils.c, ir.VectorType.get((2,), f32)
         thread = arith.andi(mgpu.utils.thread_idx(), c(127, i32))
-        pair = arith.andi(thread, c(3, i32))  # of columns: four threads have a row
+        columns = arith.andi(thread, c(3, i32))  # two of eight: four threads have a row
         in_warp = arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32))
         row = arith.addi(in_warp, arith.muli(arith.shrui(thread, c(5, i32)), c(16, i32)))
-        at = arith.addi(arith.muli(row, c(ranks // 2, i32)), pair)
+        row = arith.addi(row, arith.muli(arith.shrui(columns, c(1, i32)), c(64, i32)))
+        at = arith.addi(arith.muli(row, c(RANKS // 2, i32)), arith.andi(columns, c(1, i32)))
         pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [at], two)
-        # No branch: the compiler would pull a wait for products between two of these into both of its arms, and threads
-        # of a warp that wait at different places wait for ever.
-        code = f"{{ .reg .pred p; setp.lt.u32 p, $0, {ranks // 2}; @p st.global.v2.f32 [$1], {{$2, $3}}; }}"
-        for k, register in enumerate(v.registers.flat):
-            place = mgpu.utils.getelementptr(pointer, [8 * k * (ranks // 2)], two)
-            numbers = [vector.extract(register, [], [e]) for e in range(2)]
+        code = f"{'red.global.add' if v else 'st.global'}.v2.f32 [$0], {{$1, $2}};"
+        for k in range(2):
+            place = mgpu.utils.getelementptr(pointer, [8 * k * (RANKS // 2)], two)
+            numbers = [vector.extract(v[0].registers.flat[k], [], [e]) if v else c(0.0, f32) for e in range(2)]
             llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [pair, place, *numbers], code, "r,l,f,f,~{memory}", has_side_effects=True
+                ir.Type.parse("!llvm.void"), [place, *numbers], code, "l,f,f,~{memory}", has_side_effects=True
             )
 
-    inline(out, v)
+    inline(out, *(() if v is None else (v,)))
