@@ -13,7 +13,7 @@ weight decay, cosine without warm-up, the optimizer's betas and the number of st
 
 python experiments/recall/sweep.py --config zoology
 
-Run so far: the shorter form in docs/recall.md, with four of the models.
+Run so far: shorter forms in docs/recall.md, with five of the models.
 """
 
 import numpy as np
