@@ -54,7 +54,7 @@ def table(report: Report) -> str:
 def merge(reports: Sequence[Report]) -> Report:
     """One report of several of the same device; a newer row takes the place of an older one of its cell.
 
-    What a run measured at which commit is kept with the run and with every row.
+    Runs and rows keep the commit that they were measured at.
 
     Raises:
       ConfigError: reports that differ in device, versions or sizes.

@@ -86,7 +86,7 @@ def parts(
         last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
         last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
     of_weights = dict.fromkeys(Weights._fields)
-    # Sums over the heads of a block up to each; of its own.
+    # The kernel has sums over the heads of a block up to each; differences are a head's own, to the sum's rounding.
     biases = found.biases.sum(axis=(0, 1)).reshape(found.b.shape[0], -1, *found.biases.shape[3:])
     biases = jnp.diff(biases, axis=1, prepend=0.0).reshape(heads, 2, -1)
     for which, name in enumerate(("b_bias", "c_bias")):
