@@ -107,6 +107,7 @@ class TrainingConfig:
     packed: bool = False  # two sequences in a row, lengths drawn in pairs of one sum (questions.py): less padding
     block_steps: int = 100  # steps of one call; all stages together are a multiple
     label_smoothing: float = 0.0  # share of a target's probability that all tokens of the vocabulary have alike
+    ema_decay: float = 0.0  # runs are measured with this moving average of their parameters; 0 = the last ones
     validate_every: int = 0  # steps; every run keeps what was best on the validation draw. 0 = what training ends with
     # A group ends once all seeds of a learning rate reach it: at validation, or without that over a block. 0 = never
     stop_accuracy: float = 0.0
@@ -246,6 +247,7 @@ def _check_train(train: TrainingConfig) -> None:
             train.validate_every, f"0 or a multiple of the {train.block_steps} steps of a block")  # fmt: skip
     require(0 <= train.stop_accuracy <= 1, "train.stop_accuracy", train.stop_accuracy, "0 or a share of the answers")
     require(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "0 or a share under 1")
+    require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "a number in [0, 1)")
     one_of("train.matmul_precision", train.matmul_precision, PRECISIONS)
     require(train.save_seconds >= 0, "train.save_seconds", train.save_seconds, "at least 0")
 

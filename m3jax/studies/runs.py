@@ -37,6 +37,7 @@ class Recipe:
     steps: int  # of the whole schedule
     runs_at_once: int = 0  # computed together; 0 = all
     label_smoothing: float = 0.0
+    ema_decay: float = 0.0
 
 
 class RunsState(NamedTuple):
@@ -44,6 +45,12 @@ class RunsState(NamedTuple):
 
     params: PyTree
     optimizer: PyTree
+    ema: PyTree | None  # moving average of the parameters, None unless ema_decay > 0
+
+    @property
+    def measured(self) -> PyTree:
+        """The parameters that validation and tests are about."""
+        return self.params if self.ema is None else self.ema
 
 
 class Kept(NamedTuple):
@@ -69,7 +76,7 @@ def init_runs(recipe: Recipe, seeds: jax.Array) -> RunsState:
 
     def init(seed: jax.Array) -> RunsState:
         params = model.init(stream(seed, INITIALISATION), jnp.zeros((1, 2), jnp.int32))["params"]
-        return RunsState(params, optimizer.init(params))
+        return RunsState(params, optimizer.init(params), jax.tree.map(jnp.copy, params) if recipe.ema_decay else None)
 
     return jax.vmap(init)(seeds)
 
@@ -165,8 +172,9 @@ def _step(
     peak = dataclasses.replace(recipe.optimizer, learning_rate=learning_rate)
     rate = make_schedule(peak, recipe.steps)(number)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    ema = state.ema if state.ema is None else optax.incremental_update(params, state.ema, 1 - recipe.ema_decay)
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
-    state = jax.tree.map(functools.partial(jnp.where, finite), RunsState(params, moments), state)
+    state = jax.tree.map(functools.partial(jnp.where, finite), RunsState(params, moments, ema), state)
     return state, BlockMetrics(loss, accuracy, 1.0 - finite)
 
 

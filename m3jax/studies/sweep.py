@@ -108,7 +108,9 @@ class GroupTrainer:
         """Takes up what the files have, or initialises."""
         self._study, self._group, self._files = study, group, files
         self._train = train = study.train
-        self._recipe = Recipe(group.model, study.optimizer, train.steps, train.runs_at_once, train.label_smoothing)
+        self._recipe = Recipe(
+            group.model, study.optimizer, train.steps, train.runs_at_once, train.label_smoothing, train.ema_decay
+        )
         stages = train.curriculum
         self._spans = [stage.spans[i % len(stage.spans)] for stage in stages for i in range(stage.steps)]
         seeds = [run.seed for run in group.runs]
@@ -117,13 +119,13 @@ class GroupTrainer:
         self._rates = jnp.asarray([run.learning_rate for run in group.runs], jnp.float32)
         initial = Training(init_runs(self._recipe, jnp.asarray(seeds, jnp.int32)))
         if train.validate_every:
-            initial.kept = Kept(jax.tree.map(jnp.copy, initial.state.params), jnp.zeros(len(seeds)))
+            initial.kept = Kept(jax.tree.map(jnp.copy, initial.state.measured), jnp.zeros(len(seeds)))
         self.training = files.load_training(initial) or initial
 
     @property
     def params(self) -> PyTree:
         """What training came to, [r, ...]."""
-        return (self.training.kept or self.training.state).params
+        return self.training.state.measured if self.training.kept is None else self.training.kept.params
 
     def train(self, line: LiveLine, stop: StopRequest, place: str) -> bool:
         """Trains to the end; False when a signal came first. What was trained is saved in either case."""
@@ -155,9 +157,9 @@ class GroupTrainer:
     def _validate(self) -> None:
         """Measures all runs and keeps of each the better parameters."""
         training = self.training
-        by_length = measure_on("validation", self._study, self._group, training.state.params)
+        by_length = measure_on("validation", self._study, self._group, training.state.measured)
         accuracy = np.mean(list(by_length.values()), axis=0)
-        training.kept = keep_better(training.kept, training.state.params, jnp.asarray(accuracy, jnp.float32))
+        training.kept = keep_better(training.kept, training.state.measured, jnp.asarray(accuracy, jnp.float32))
         training.curves.setdefault("validated_step", []).append(training.step)
         training.curves.setdefault("validated", []).append([_json_number(v) for v in accuracy])
 

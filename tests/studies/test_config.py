@@ -65,6 +65,7 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
         ("train.shortest", 1, "config.train.stages = '1-4': expected lengths in ascending order, for parity of at"),
         ("train.label_smoothing", 1.0, "config.train.label_smoothing = 1.0: expected 0 or a share under 1."),
         ("train.stop_accuracy", 1.5, "config.train.stop_accuracy = 1.5: expected 0 or a share of the answers."),
+        ("train.ema_decay", 1.0, "config.train.ema_decay = 1.0: expected a number in [0, 1)"),
         ("train.validate_every", 4, "config.train.validate_every = 4: expected 0 or a multiple of the 3 steps"),
         ("train.matmul_precision", "float16", "config.train.matmul_precision = 'float16': expected one of float32"),
         ("evaluation.lengths", "8-4", "config.evaluation.lengths = '8-4': expected lengths in ascending order"),

@@ -27,8 +27,8 @@ def train(study, group, steps=STEPS, train_block=train_block):
         jnp.array(seeds), numbers, jnp.full(steps, 3), jnp.full(steps, 8), task=group.task(span),
         batch_size=study.train.batch_size, width=group.width(span, False), answers=1, bos=False, packed=False,
     )  # fmt: skip
-    of_study = study.train
-    recipe = Recipe(group.model, study.optimizer, of_study.steps, of_study.runs_at_once, of_study.label_smoothing)
+    t = study.train
+    recipe = Recipe(group.model, study.optimizer, t.steps, t.runs_at_once, t.label_smoothing, t.ema_decay)
     state = init_runs(recipe, jnp.array([run.seed for run in group.runs]))
     rates = jnp.array([run.learning_rate for run in group.runs])
     data_of_run = jnp.array([seeds.index(run.seed) for run in group.runs])
@@ -72,6 +72,18 @@ def test_label_smoothing_reaches_the_steps(small_study):
         (group,) = make_groups(study)
         losses[smoothing] = train(study, group, steps=1)[1].loss
     assert (losses[0.0] != losses[0.5]).all()
+
+
+def test_moving_average_of_the_steps(small_study):
+    study = small_study(train__ema_decay=0.75)
+    (group,) = make_groups(study)
+    first, second = (train(study, group, steps)[0] for steps in (1, 2))
+    for (path, ema), of_first, last in zip(
+        jax.tree.leaves_with_path(second.measured), *map(jax.tree.leaves, (first.ema, second.params)), strict=True
+    ):
+        terms = 2 * study.train.batch_size * group.width(Span(3, 8), False) * group.model.d_model
+        assert_close(ema, 0.75 * of_first + 0.25 * last, rounding(jnp.float32, terms), jax.tree_util.keystr(path))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (second.ema, second.params)), strict=True))
 
 
 def test_learning_rates_share_initialisation_and_data(small_study):
