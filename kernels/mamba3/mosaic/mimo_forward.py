@@ -1,4 +1,4 @@
-"""Hopper kernels of the MIMO forward scan: for each of two heads, a warpgroup that rotates and one that multiplies.
+"""Hopper kernels of the MIMO forward scan: for two heads, two warpgroups that rotate and one each that multiplies.
 
 Notation as in forward.py, with chunks of 64 rows: all R = 2 or 4 ranks of T = 64 / R positions, ordered as
 mimo_pieces.py says; L, s, γ, phase, x, z are of positions. Per chunk and rank r:
@@ -6,20 +6,25 @@ mimo_pieces.py says; L, s, γ, phase, x, z are of positions. Per chunk and rank 
     y_r = 2^L ⊙ (C_r Hᵀ) + Σ_q (C_r B_qᵀ ⊙ M) X_q + D X_r        M, [T, T], is the same for all pairs of ranks
     H ← 2^(L_end) H + Σ_q (2^(L_end - L) s ⊙ X_q)ᵀ B_q            X_q = x ⊙ mimo_x_q
 
-and Σ_r y_r ⊙ silu(z ⊙ mimo_z_r) ⊙ mimo_o_r is what is written. With 4 ranks two warps have the same positions and half
-of the sum over ranks each, which meet in shared memory. Without gate the chunk's y_r are written as its rows.
+and Σ_r y_r ⊙ silu(z ⊙ mimo_z_r) ⊙ mimo_o_r is what is written. Without gate the chunk's y_r are written as its rows.
+
+y is found transposed, [P, rows]: H and X are then the operands from registers, and only C, B and the weighed products
+C Bᵀ are in shared memory; and a thread has all ranks of its positions in two rows of P, so that it reads a few weights
+of ranks and sums over ranks by itself. Of the side that rotates, one warpgroup has B of both heads and one C, so that
+both heads' rows are found from what was read once (mimo_rotation.py).
 
 Shared memory is used without automatic barriers. Both heads of a program read the same raw B, C and ω. A head has two
-slots of rotated B and of X, and one of C. What arrives has its own barrier; every thread arrives at the others:
-  full            Rotated B and C and X of a chunk are there: its products may start.
-  c_empty         The products with C are done: it may change. b_empty: likewise for a slot of B and X.
-  b_free, c_free  Both heads have rotated raw B (and used ω), or C: the next may arrive.
+slots of rotated B and one of C. What arrives has its own barrier; every thread arrives at the others:
+  turned  Cosines and sines of both heads are there, in one of two slots; and ω is used: the next may arrive.
+  full    Rotated B and C of a chunk are there, of every other chunk: its products may start.
+  empty   The products with a slot of B, or with C, are done: it may change.
 The warpgroup that multiplies meets at two points of a chunk:
-  B   Every warp has read z and the coefficients: the next may arrive. Its products with `narrow_h` are done, and H has
-      left if it is saved, and y of the chunk before: they may change. Sums for other warps are there.
-  C   The new H is in `narrow_h` and y in its place, and every warp has read the sums of others: they may change.
-The one that rotates meets once, before `full`: every warp has read x and the coefficients, so the next may arrive.
-Before `full` and C every thread publishes its stores (a fence) to copies and products.
+  B   Every warp has read x, z and the coefficients: the next may arrive. The weighed products are there, and H, if it
+      is saved, may leave. y of the chunk before has left.
+  C   y is in its place, and H has left. The weighed products may change.
+Those that rotate meet once, before `full`:
+  D   Every warp has read raw B or C and the coefficients: the next may arrive.
+Before `full`, B and C every thread publishes its stores (a fence) to copies and products.
 """
 
 from typing import NamedTuple
@@ -35,19 +40,19 @@ from .forward import Prepared, in_chunks
 from .mimo_output import Place, Shared, multiply, rotate_ahead
 from .mimo_pieces import ROWS, positions
 from .mimo_states import state_pass
-from .mimo_turning import by_parts, get_rates, get_rows, in_rows
-from .mimo_weights import pack
+from .mimo_turning import by_parts, get_rows, in_rows
+from .mimo_weights import mimo_weights, pack
 from .pieces import GRID, PARAMETERS, N, P
 from .segment_states import load_state, no_state, pass_through
 
 SHARES = 5  # of a segment, each of which a program of the state pass has
-REGISTERS = 168, 88  # of a thread that multiplies, and of one that rotates
+REGISTERS = 176, 80
 
 
 def output_pass(
-    x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array, d: jax.Array,
-    ssm: jax.Array | None, before: tuple[jax.Array, jax.Array] | None, *, segments: int, finer: int = 1,
-    save: bool = False, interpret=None,
+    x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array,
+    mimo: jax.Array, d: jax.Array, ssm: jax.Array | None, before: tuple[jax.Array, jax.Array] | None, *,
+    segments: int, finer: int = 1, save: bool = False, interpret=None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
 
@@ -60,6 +65,7 @@ def output_pass(
       c: C likewise.
       prepared: from prepare.py, for chunks of 64 / r positions.
       weights: from `mimo_weights.pack`.
+      mimo: from `mimo_weights.mimo_weights`.
       d: [h] float32.
       ssm: H before the first token, [b, h, P, N] float32; None = zeros.
       before: what `state_pass` returns, if there are several segments.
@@ -76,7 +82,7 @@ def output_pass(
     simulated = interpret is not None
 
     def body(*refs):
-        x_ref, z_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, d_ref, *refs = refs
+        x_ref, z_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, d_ref, *refs = refs
         if ssm is not None:
             ssm_ref, *refs = refs
         if segments > 1:
@@ -99,7 +105,7 @@ def output_pass(
             if segments > 1:
                 at = (index, head)
                 state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment * finer, lambda k: k)
-            state = multiply(place, shared, state, z_ref, coefficient_ref, weight_ref, d_ref, y_ref, saved_ref)
+            state = multiply(place, shared, state, x_ref, z_ref, coefficient_ref, mimo_ref, d_ref, y_ref, saved_ref)
 
             @pl.when(segment == segments - 1)
             def _():
@@ -110,16 +116,12 @@ def output_pass(
         def rotates():
             group = head // per_group
 
-            def get_b(ci):
-                get_rates(rate_ref, index, first + ci, shared.rates.at[0], shared.b_here)
-                here = shared.raw_b.at[0]
-                get_rows(b_ref, index * chunks + first + ci, group, here, shared.b_here, ranks, simulated)
+            def get_raw(matrix, ci):
+                for k, ref in enumerate((b_ref, c_ref)):
+                    at = first + ci + index * chunks, group, shared.raw.at[k], shared.raw_here.at[k]
+                    pl.when(matrix == k)(lambda ref=ref, at=at: get_rows(ref, *at, ranks, simulated))
 
-            def get_c(ci):
-                here = shared.raw_c.at[0]
-                get_rows(c_ref, index * chunks + first + ci, group, here, shared.c_here, ranks, simulated)
-
-            rotate_ahead(place, shared, x_ref, coefficient_ref, start_ref, weight_ref, get_b, get_c, together)
+            rotate_ahead(place, shared, coefficient_ref, rate_ref, start_ref, weight_ref, get_raw, together)
 
         for role, (registers, change) in enumerate(zip(REGISTERS, ("increase", "decrease"), strict=True)):
 
@@ -137,10 +139,10 @@ def output_pass(
     return plgpu.kernel(
         body,
         out_type=tuple(out),
-        scratch_types=Shared.types(ranks, together, gated=z is not None),
+        scratch_types=Shared.types(ranks, together, gated=z is not None, save=save),
         grid=(batch, segments, heads // together), grid_names=GRID, num_threads=2 * together, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, in_rows(b, simulated), in_rows(c, simulated), *by_parts(prepared), weights, d,
+    )(x, z, in_rows(b, simulated), in_rows(c, simulated), *by_parts(prepared), weights, mimo, d,
       *sum(map(tuple, given), ()))  # fmt: skip
 
 
@@ -183,6 +185,7 @@ def forward_in_segments(
     most = -(-x.shape[1] // positions(b.shape[2]) // segments)
     finer = -(-most // -(-most // SHARES))
     how = {"segments": segments, "finer": finer, "interpret": interpret}
-    before = state_pass(x, b, prepared, packed, **how) if segments > 1 else None
-    y, *states = output_pass(x, z, b, c, prepared, packed, d, inputs.ssm, before, save=save, **how)
+    mimo = mimo_weights(packed)
+    before = state_pass(x, b, prepared, packed, mimo, **how) if segments > 1 else None
+    y, *states = output_pass(x, z, b, c, prepared, packed, mimo, d, inputs.ssm, before, save=save, **how)
     return y if z is None else y[:, : inputs.seq.x.shape[1]], *states

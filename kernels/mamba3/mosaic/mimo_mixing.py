@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .mimo_pieces import HALF_ROWS, POS, column_blocks, join, positions, positions_layout, positions_of_columns, split
-from .pieces import DECAY, OTHER, OWN, WG, P, cols, load_cols, load_rows, rows
+from .pieces import DECAY, OTHER, OWN, P, cols, load_cols, load_rows, rows
 
 
 def mixing(of_keys: bool, here, row: jax.Array, column: jax.Array, ranks: int) -> jax.Array:
@@ -50,12 +50,10 @@ def weigh(v: jax.Array, mix: jax.Array, simulated: bool, skips: jax.Array | None
     return join(*both, simulated)
 
 
-def to_end_of(x_rows, to_end: jax.Array) -> jax.Array:
-    """(2^(L_end - L) s ⊙ x)ᵀ, [P, rows] bfloat16; to_end: along columns, of a chunk's positions."""
-    span = to_end.shape[0]
-    eights = column_blocks(lax.broadcast_in_dim(to_end, (P, span), (1,)))
-    by_column = jnp.concatenate([eights[k] for k in positions_of_columns(span)], axis=1)
-    return plgpu.load(x_rows.transpose((1, 0)), layout=WG) * by_column
+def to_rows(v: jax.Array) -> jax.Array:
+    """Of a chunk's positions, along columns → of its rows, [P, ROWS]."""
+    eights = column_blocks(lax.broadcast_in_dim(v, (P, v.shape[0]), (1,)))
+    return jnp.concatenate([eights[k] for k in positions_of_columns(v.shape[0])], axis=1)
 
 
 def over_ranks(overlaps: jax.Array, scores: jax.Array, span: int, simulated: bool) -> jax.Array:

@@ -84,6 +84,12 @@ def positions_of_columns(count: int) -> list[int]:
     return [(k // 2) % (count // 8) for k in range(8)]
 
 
+def ranks_of_columns(ranks: int) -> list[tuple[int, int]]:
+    """Of every eight rows of a chunk: their rank, and which eight positions they have."""
+    span = positions(ranks)
+    return [(2 * (k // (span // 4)) + k % 2, at) for k, at in enumerate(positions_of_columns(span))]
+
+
 def join(first: jax.Array, second: jax.Array, simulated: bool) -> jax.Array:
     """Both ranks of pairs, [32, w] each → [ROWS, w] as the matrix units take it. No instruction."""
     if simulated:
@@ -152,7 +158,7 @@ def send_partial(sums, total: jax.Array, simulated: bool) -> None:
     @plgpu.inline_mgpu(arg_types=(_type(sums), POS))
     def inline(ctx, sums, total):
         four, at = ir.VectorType.get((4,), ir.F32Type.get()), _own_place(sums, 0)
-        upper, registers = _has_upper_pair(), list(total.registers.flat)
+        upper, registers = has_upper_pair(), list(total.registers.flat)
         gone = [arith.select(upper, a, b) for a, b in zip(registers[:4], registers[4:], strict=True)]
         for k in range(2):
             numbers = [vector.extract(v, [], [e]) for v in gone[2 * k : 2 * k + 2] for e in range(2)]
@@ -175,7 +181,7 @@ def store_sum(y, sums, total: jax.Array, simulated: bool) -> None:
         i32, i8, f32, bf16 = *(ir.IntegerType.get_signless(k) for k in (32, 8)), ir.F32Type.get(), ir.BF16Type.get()
         c = mgpu.utils.c
         two, four, at = ir.VectorType.get((2,), f32), ir.VectorType.get((4,), f32), _own_place(sums, 64)
-        upper, registers = _has_upper_pair(), list(total.registers.flat)
+        upper, registers = has_upper_pair(), list(total.registers.flat)
         kept = [arith.select(upper, b, a) for a, b in zip(registers[:4], registers[4:], strict=True)]
         thread = mgpu.utils.thread_idx()
         in_eight = arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32))
@@ -202,7 +208,7 @@ def _type(sums) -> plgpu.RefType:
     return plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
-def _has_upper_pair() -> ir.Value:
+def has_upper_pair() -> ir.Value:
     """Whether this thread's rows are of the second pair of ranks."""
     i32 = ir.IntegerType.get_signless(32)
     bit = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(64, i32))

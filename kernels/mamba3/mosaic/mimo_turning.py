@@ -57,22 +57,23 @@ def get_rows(ref, chunk, group, to, barrier, ranks: int, simulated: bool) -> Non
         plgpu.copy_gmem_to_smem(source, here.transpose((0, 3, 1, 2, 4)), barrier)
 
 
-def turn(here, start, rates, row, column, ranks: int, simulated: bool, meanwhile=None) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [32, S] of phases, as `pieces.turn` finds them.
+def turn(here, start, rates, row, column, ranks: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [32, S] of phases, as `pieces.turn` finds them."""
+    return cos_sin(phases(here, start, rates, row, column, ranks, simulated), simulated)
 
-    One product finds both parts: its rows hold the high and the low part of Δ, its depth those of ω. `meanwhile` is
-    called while the product runs.
+
+def phases(here, start, rates, row, column, ranks: int, simulated: bool) -> jax.Array:
+    """[32, S], in radians.
+
+    One product finds both parts: its rows hold the high and the low part of Δ, its depth those of ω.
     """
     causal, zero, layout = row >= column, jnp.bfloat16(0), positions_layout(ranks)
     steps = [load_cols(here.at[k], layout).astype(jnp.bfloat16) for k in (STEP_HIGH, STEP_LOW)]
     steps = [jnp.where(causal, lax.broadcast_in_dim(v, row.shape, (1,)), zero) for v in steps]
     steps = [spread(v, simulated) for v in steps]
     steps = join(*(jnp.concatenate([v, v], axis=1) for v in steps), simulated)
-    sums = product(None, steps, rates, simulated)
-    if meanwhile is not None:
-        meanwhile()
-    high, low = split(settle(sums, 0, simulated), simulated)
-    return cos_sin((high + low) + cols(load_cols(start, POS), high.shape[0]), simulated)
+    high, low = split(settle(product(None, steps, rates, simulated), 0, simulated), simulated)
+    return (high + low) + cols(load_cols(start, POS), high.shape[0])
 
 
 def rotate(raw, out, bias: int, rest_bias: int, weight, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:

@@ -41,11 +41,12 @@ def _in_pieces(v: jax.Array) -> jax.Array:
     return jnp.swapaxes(out, -3, -2).reshape(v.shape)
 
 
-def x_weights(packed: jax.Array) -> jax.Array:
-    """mimo_x, [h, r, p] float32, from what `pack` made."""
-    v = packed[:, :, MIMO_X]
+def mimo_weights(packed: jax.Array) -> jax.Array:
+    """mimo_x, half of mimo_z and mimo_o, [h, 3, r, p] float32, from what `pack` made."""
+    v = packed[:, :, : MIMO_O + 1]
     pairs = _pairs(v.dtype)
-    return jnp.swapaxes(v.reshape(*v.shape[:-1], 8 // pairs, 4, pairs, 2), -3, -2).reshape(v.shape)
+    v = jnp.swapaxes(v.reshape(*v.shape[:-1], 8 // pairs, 4, pairs, 2), -3, -2).reshape(v.shape)
+    return jnp.swapaxes(v, 1, 2)
 
 
 def load_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.Array:
@@ -80,9 +81,16 @@ def load_weight(ref, k: int, kind: int, ranks: int, simulated: bool) -> jax.Arra
 def _unpack(v: jax.Array, dtype, second: bool) -> jax.Array:
     """A packed row [64] as `pack` was given it."""
     if dtype == jnp.bfloat16:
-        v = lax.bitcast_convert_type(v, dtype).reshape(2, P)[int(second)]
+        return unpack_biases(v)[int(second)]
     pairs = _pairs(dtype)
     return jnp.swapaxes(v.reshape(8 // pairs, 4, pairs, 2), 1, 2).reshape(P)
+
+
+def unpack_biases(v: jax.Array) -> jax.Array:
+    """A packed row [64] of biases as `pack` was given it, of two kinds: [2, 64] bfloat16."""
+    pairs = _pairs(jnp.bfloat16)
+    v = lax.bitcast_convert_type(v, jnp.bfloat16).reshape(2, 8 // pairs, 4, pairs, 2)
+    return jnp.swapaxes(v, 2, 3).reshape(2, P)
 
 
 def _pairs(dtype) -> int:

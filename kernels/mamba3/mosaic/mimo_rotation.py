@@ -1,0 +1,224 @@
+"""Phases and rotation in the MIMO forward's main kernel, where a thread has the same columns and ranks all along.
+
+Notation as in mimo_pieces.py. So it keeps the biases of its rows. A warpgroup finds the phases of one head and leaves
+cosines and sines in shared memory, from which two take them, each for one of B and C. Of 128 threads, eight have a
+row: four angles each (8 bytes of both halves of what rotates) and eight columns of the rest (16 bytes).
+
+What is written by hand has a plain twin for the interpreter (`simulated`).
+"""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, math, vector
+
+from . import mimo_weights as of
+from .mimo_pieces import BLOCKS, POS, has_upper_pair
+from .pieces import HALF, WG, N, P, S
+from .wgmma import array_of
+
+_CARRIED = (64, 64)  # bfloat16 in WG: 16 words of a thread
+
+
+def own_angles(v: jax.Array, ranks: int, simulated: bool) -> jax.Array:
+    """[32, S]; of positions that two warps have, each keeps half of the angles: [32, S / 2]."""
+    if ranks == 2:
+        return v
+    half = v.shape[1] // 2
+    if simulated:
+        return jnp.concatenate([v[:16, :half], v[16:, half:]])
+
+    out = plgpu.ShapeDtypeStruct((v.shape[0], half), v.dtype, layout=POS)
+
+    @plgpu.inline_mgpu(arg_types=(POS,), return_type=out)
+    def inline(ctx, v):
+        upper, registers = has_upper_pair(), list(v.registers.flat)
+        pairs = zip(registers[: len(registers) // 2], registers[len(registers) // 2 :], strict=True)
+        return array_of(POS, out.shape, np.array([arith.select(upper, b, a) for a, b in pairs]))
+
+    return inline(v)
+
+
+def store_turns(ref, cos: jax.Array, sin: jax.Array, ranks: int, simulated: bool) -> None:
+    """Cosines and sines of `own_angles` to [T, S], int32 of two float16 each.
+
+    Rounded to 2^-12 they are off by an eighth of what bfloat16 is.
+    """
+    if simulated:
+        both = jnp.stack([cos, sin], axis=-1).astype(jnp.float16)
+        if ranks == 4:
+            both = jnp.concatenate([both[:16], both[16:]], axis=1)
+        ref[...] = lax.bitcast_convert_type(both, jnp.int32)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), POS, POS))
+    def inline(ctx, ref, cos, sin):
+        i32, i8, f32, f16 = *(ir.IntegerType.get_signless(k) for k in (32, 8)), ir.F32Type.get(), ir.F16Type.get()
+        c, thread = mgpu.utils.c, mgpu.utils.thread_idx()
+        in_eight, warps = _bits(thread, 2, 3), 1 if ranks == 4 else 2
+        position = arith.addi(in_eight, arith.muli(_bits(thread, 5, warps), c(8, i32)))
+        base = arith.addi(arith.muli(position, c(128, i32)), arith.muli(_bits(thread, 0, 2), c(8, i32)))
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [base], i8)
+        flip = arith.andi(in_eight, c(3, i32))
+        if ranks == 4:
+            flip = arith.xori(flip, arith.muli(_bits(thread, 6, 1), c(2, i32)))
+        for k, pair in enumerate(zip(cos.registers.flat, sin.registers.flat, strict=True)):
+            numbers = []
+            for e in range(2):
+                both = vector.from_elements(ir.VectorType.get((2,), f32), [vector.extract(r, [], [e]) for r in pair])
+                both = arith.truncf(ir.VectorType.get((2,), f16), both)
+                numbers.append(vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), both), [], [0]))
+            at = arith.muli(arith.xori(flip, c(k, i32)), c(32, i32))
+            at = mgpu.utils.getelementptr(pointer, [at], i8)
+            llvm.store(vector.from_elements(ir.VectorType.get((2,), i32), numbers), at, alignment=8)
+
+    inline(ref, cos, sin)
+
+
+def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Array:
+    """Biases of a head's B (0) or C (1) that a thread needs. `ref`: what `mimo_weights.pack` made, of one head."""
+    if simulated:
+        rows = range(of.WEIGHTS - 2, of.WEIGHTS)
+        return jnp.stack([
+            jnp.concatenate([of.unpack_biases(ref[rank, row])[matrix] for row in rows]) for rank in range(ranks)
+        ])  # fmt: skip
+    out = plgpu.ShapeDtypeStruct(_CARRIED, jnp.bfloat16, layout=WG)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=out)
+    def inline(ctx, memory, matrix):
+        i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
+        two, c, thread = ir.VectorType.get((2,), ir.BF16Type.get()), mgpu.utils.c, mgpu.utils.thread_idx()
+        at = arith.muli(matrix.registers.flat[0], c(2 * P, i32))
+        if ranks == 4:
+            at = arith.addi(at, arith.muli(_bits(thread, 6, 1), c(2 * 4 * P * of.WEIGHTS, i32)))
+        pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
+        pointer = mgpu.utils.getelementptr(pointer, [at], i8)
+        # Columns 8 j + 2 q are at 64 (j // 4) + 16 q + 4 (j % 4).
+        turning = arith.addi(arith.muli(_bits(thread, 1, 2), c(4, i32)), arith.muli(_bits(thread, 0, 1), c(32, i32)))
+        resting = arith.addi(arith.muli(_bits(thread, 2, 1), c(64, i32)), arith.muli(_bits(thread, 0, 2), c(4, i32)))
+        turning, resting = (mgpu.utils.getelementptr(pointer, [v], i8) for v in (turning, resting))
+        registers = []
+        for k in range(2):
+            row = 4 * P * (of.WEIGHTS * k + of.WEIGHTS - 2)
+            places = [(turning, row + 64 * half + 16 * q) for half in range(2) for q in range(2)]
+            places += [(resting, row + 4 * P + 16 * q) for q in range(4)]
+            registers += [llvm.load(two, mgpu.utils.getelementptr(v, [at], i8), alignment=4) for v, at in places]
+        return array_of(WG, _CARRIED, np.array(registers))
+
+    return inline(ref, matrix)
+
+
+def rotate_rows(raw, outs: list, biases: list[jax.Array], turns: list, ranks: int, simulated: bool) -> None:
+    """B or C of a chunk with biases, rotated, for as many heads as there are `outs`."""
+    if simulated:
+        for out, bias, turn in zip(outs, biases, turns, strict=True):
+            out[...] = _rotated(raw[...], bias, turn[...], ranks)
+        return
+    heads = len(outs)
+    blocks = plgpu.RefType((plgpu.SwizzleTransform(128),))
+    types = (blocks,) * (1 + heads) + (plgpu.RefType(),) * heads + (WG,) * heads
+
+    @plgpu.inline_mgpu(arg_types=types)
+    def inline(ctx, raw, *given):
+        i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
+        c, thread, pointer = mgpu.utils.c, mgpu.utils.thread_idx(), mgpu.utils.getelementptr
+        outs, turns, biases = given[:heads], given[heads : 2 * heads], given[2 * heads :]
+        part, pair = _bits(thread, 0, 3), _bits(thread, 6, 1)
+        # Rows that differ by four are in the same half warp, where their 8 bytes are in different banks.
+        row = arith.addi(arith.muli(_bits(thread, 3, 1), c(4, i32)), _bits(thread, 4, 1))
+        row = arith.addi(row, arith.muli(_bits(thread, 5, 1), c(2, i32)))
+        first = arith.addi(arith.muli(pair, c(2 * 4096, i32)), arith.muli(row, c(128, i32)))
+        real = arith.muli(arith.xori(_bits(thread, 1, 2), row), c(16, i32))
+        real = arith.addi(real, arith.muli(_bits(thread, 0, 1), c(8, i32)))
+        rest = arith.addi(arith.muli(arith.xori(part, row), c(16, i32)), c(1024, i32))
+        places = [arith.addi(first, v) for v in (real, arith.xori(real, c(64, i32)), rest)]
+        at = arith.muli(arith.xori(part, arith.muli(arith.andi(row, c(3, i32)), c(2, i32))), c(16, i32))
+        at = arith.addi(at, arith.muli(row, c(128, i32)))
+        if ranks == 2:
+            at = arith.addi(at, arith.muli(pair, c(2048, i32)))
+        sources, *targets = ([pointer(mgpu.utils.memref_ptr(v), [at], i8) for at in places] for v in (raw, *outs))
+        turns = [pointer(mgpu.utils.memref_ptr(v), [at], i8) for v in turns]
+        for j in range(2):
+            of_heads = [_unpacked(pointer(v, [1024 * j], i8)) for v in turns]
+            for k in range(2):
+                offset = 4096 * j + 2048 * k
+                loaded = [
+                    v
+                    for source, words in zip(sources, (2, 2, 4), strict=True)
+                    for v in _load(pointer(source, [offset], i8), words)
+                ]
+                for to, bias, (cos, sin) in zip(targets, biases, of_heads, strict=True):
+                    words = list(bias.registers.flat)[8 * k : 8 * k + 8]
+                    added = [arith.addf(a, b) for a, b in zip(loaded, words, strict=True)]
+                    wide = [number for v in added[:4] for number in _widened(v)]
+                    four = list(zip(wide[:4], wide[4:], cos, sin, strict=True))
+                    turned = [
+                        [math.fma(r, x, arith.negf(arith.mulf(i, y))) for r, i, x, y in four],
+                        [math.fma(r, y, arith.mulf(i, x)) for r, i, x, y in four],
+                    ]
+                    for v, numbers in zip(to, [*map(_narrowed, turned), added[4:]], strict=True):
+                        _store(pointer(v, [offset], i8), numbers)
+
+    inline(raw, *outs, *turns, *biases)
+
+
+def _rotated(raw: jax.Array, biases: jax.Array, turns: jax.Array, ranks: int) -> jax.Array:
+    v, k, i = (lax.broadcasted_iota(jnp.int32, (4, 2, 8), axis) for axis in range(3))
+    rank, position = (k, 8 * v + i) if ranks == 2 else (2 * (v // 2) + k, 8 * (v % 2) + i)
+    rows = jnp.swapaxes(raw, 2, 3).reshape(4, 2, 8, N) + biases[rank]
+    both = lax.bitcast_convert_type(turns, jnp.float16).astype(jnp.float32)[position]
+    cos, sin = both[..., 0], both[..., 1]
+    real, imag = rows[..., :S].astype(jnp.float32), rows[..., S:HALF].astype(jnp.float32)
+    parts = (v.astype(jnp.bfloat16) for v in (real * cos - imag * sin, real * sin + imag * cos))
+    rows = jnp.concatenate([*parts, rows[..., HALF:]], axis=-1)
+    return jnp.swapaxes(rows.reshape(4, 2, 8, 2, 64), 2, 3).reshape(BLOCKS)
+
+
+def _bits(v: ir.Value, first: int, count: int) -> ir.Value:
+    i32, c = ir.IntegerType.get_signless(32), mgpu.utils.c
+    return arith.andi(arith.shrui(v, c(first, i32)), c(2**count - 1, i32))
+
+
+def _load(pointer: ir.Value, words: int) -> list[ir.Value]:
+    """Pairs of bfloat16."""
+    i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+    loaded = llvm.load(ir.VectorType.get((words,), i32), pointer, alignment=4 * words)
+    one = ir.VectorType.get((1,), i32)
+    return [vector.bitcast(two, vector.extract_strided_slice(one, loaded, [k], [1], [1])) for k in range(words)]
+
+
+def _store(pointer: ir.Value, pairs: list[ir.Value]) -> None:
+    i32 = ir.IntegerType.get_signless(32)
+    words = [vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), v), [], [0]) for v in pairs]
+    llvm.store(vector.from_elements(ir.VectorType.get((len(words),), i32), words), pointer, alignment=4 * len(words))
+
+
+def _unpacked(pointer: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+    """Cosines and sines of four angles."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    two, halves = ir.VectorType.get((2,), f32), ir.VectorType.get((2,), ir.F16Type.get())
+    loaded, one = llvm.load(ir.VectorType.get((4,), i32), pointer, alignment=16), ir.VectorType.get((1,), i32)
+    pairs = [
+        arith.extf(two, vector.bitcast(halves, vector.extract_strided_slice(one, loaded, [k], [1], [1])))
+        for k in range(4)
+    ]
+    return tuple([vector.extract(v, [], [e]) for v in pairs] for e in range(2))
+
+
+def _widened(pair: ir.Value) -> list[ir.Value]:
+    """As `pieces.widen`."""
+    i32, f32, c = ir.IntegerType.get_signless(32), ir.F32Type.get(), mgpu.utils.c
+    bits = vector.extract(vector.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
+    high = arith.constant(i32, ir.IntegerAttr.get(i32, -65536))
+    return [arith.bitcast(f32, arith.shli(bits, c(16, i32))), arith.bitcast(f32, arith.andi(bits, high))]
+
+
+def _narrowed(numbers: list[ir.Value]) -> list[ir.Value]:
+    """In pairs of bfloat16."""
+    f32, bf16 = ir.F32Type.get(), ir.BF16Type.get()
+    pairs = [vector.from_elements(ir.VectorType.get((2,), f32), numbers[k : k + 2]) for k in range(0, len(numbers), 2)]
+    return [arith.truncf(ir.VectorType.get((2,), bf16), v) for v in pairs]
