@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from .inputs import Inputs, Sequence, Weights
 
 _EXACT = jax.lax.Precision.HIGHEST
-_LEAST_LOG_DECAY = -16.6  # of 2^-24, half a unit in the last place of 1 in float32
+LEAST_LOG_DECAY = -16.6  # of 2^-24, half a unit in the last place of 1 in float32
 
 
 class Parts(NamedTuple):
@@ -60,28 +60,35 @@ def combine(inputs: Inputs, parts: Parts, positions: int, dphase: jax.Array | No
     """
     seq = inputs.seq
     ddt, da, dlam = _of_coefficients(inputs, parts, positions)
-    domega, dstart = jnp.zeros_like(seq.omega), jnp.zeros_like(inputs.phase)
-    if inputs.phase.shape[-1]:
+    domega, dstart = jnp.zeros_like(seq.omega), None if inputs.phase is None else jnp.zeros_like(inputs.phase)
+    if seq.omega.shape[-1]:
         # H after the last token turns with every phase before it; H before the first with none.
         last_flow = parts.phase_flow[:, :, -1]
         if dphase is not None:
             last_flow = last_flow + dphase
-        dstart = last_flow if parts.start_flow is None else last_flow - parts.start_flow
-        step, turned = _of_later_phases(seq, last_flow[:, :, None] - parts.phase_flow, positions)
+        if inputs.phase is not None:
+            dstart = last_flow if parts.start_flow is None else last_flow - parts.start_flow
+        step, turned = of_later_phases(seq, last_flow[:, :, None] - parts.phase_flow, positions)
         domega = (parts.omega if seq.omega.ndim == 4 else parts.omega.sum(axis=0)) + step
         ddt = ddt + turned
     groups = seq.b.shape[3]
 
     def ungrouped(v: jax.Array) -> jax.Array:  # [k, b, l, r, n] → [b, l, r, g, n]
-        total = v.reshape(groups, -1, *v.shape[1:]).sum(axis=1)
-        return jnp.moveaxis(total, 0, 3).astype(seq.b.dtype)
+        return jnp.moveaxis(v.reshape(groups, -1, *v.shape[1:]).sum(axis=1), 0, 3)
 
-    dseq = Sequence(
-        x=parts.x, dt=ddt, a=da, b=ungrouped(parts.b), c=ungrouped(parts.c), lam=dlam, omega=domega, z=parts.z
+    db, dc = ungrouped(parts.b), ungrouped(parts.c)
+    dseq = Sequence(x=parts.x, dt=ddt, a=da, b=db, c=dc, lam=dlam, omega=domega, z=parts.z)
+    return gathered(inputs, dseq, parts.weights, parts.ssm, dstart)
+
+
+def gathered(inputs: Inputs, seq: Sequence, weights: Weights, ssm: jax.Array | None, phase: jax.Array | None) -> Inputs:
+    """Gradients by input, in the dtypes of the inputs."""
+    seq, weights = (
+        jax.tree.map(lambda given, grad: grad.astype(given.dtype), *both)
+        for both in ((inputs.seq, seq), (inputs.weights, weights))
     )
-    dweights = jax.tree.map(lambda weight, grad: grad.astype(weight.dtype), inputs.weights, parts.weights)
     document = None if inputs.document is None else jnp.zeros(inputs.document.shape, jax.dtypes.float0)
-    return Inputs(seq=dseq, weights=dweights, ssm=parts.ssm, phase=dstart, document=document)
+    return Inputs(seq=seq, weights=weights, ssm=ssm, phase=phase, document=document)
 
 
 def _of_coefficients(inputs: Inputs, parts: Parts, positions: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -96,7 +103,7 @@ def _of_coefficients(inputs: Inputs, parts: Parts, positions: int) -> tuple[jax.
         # A document's first token lets nothing in, whatever its decay.
         decay = jnp.where(jnp.pad(same, ((0, 0), (1, 0), (0, 0)), constant_values=True), decay, 0)
     # Sums that cancel: where too little passes a step to be seen, they leave their rounding, which A multiplies.
-    decay = jnp.where(seq.dt * seq.a < _LEAST_LOG_DECAY, 0, decay)
+    decay = jnp.where(seq.dt * seq.a < LEAST_LOG_DECAY, 0, decay)
     half_step = jnp.pad(half_step, ((0, 0), (1, 0), (0, 0)))
     ddt = seq.a * decay + seq.lam * (scale + gamma) + (1 - seq.lam) * half_step
     if parts.turn is not None:
@@ -104,7 +111,7 @@ def _of_coefficients(inputs: Inputs, parts: Parts, positions: int) -> tuple[jax.
     return ddt, seq.dt * decay, seq.dt * (scale + gamma - half_step)
 
 
-def _of_later_phases(seq: Sequence, beyond: jax.Array, positions: int) -> tuple[jax.Array, jax.Array]:
+def of_later_phases(seq: Sequence, beyond: jax.Array, positions: int) -> tuple[jax.Array, jax.Array]:
     """Gradients of ω and Δ [b, l, h] from those of a step of the phases beyond its chunk, [b, h, m, s]."""
     batch, length, heads = seq.dt.shape
     chunks, s = beyond.shape[2:]

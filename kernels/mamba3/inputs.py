@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     seq: Sequence
     weights: Weights
     ssm: jax.Array | None  # H before the first token, [b, h, p, n], the half step due to the one before it folded in
-    phase: jax.Array  # before the first token, [b, h, s], radians
+    phase: jax.Array | None  # before the first token, [b, h, s], radians; None = zeros, to the Mosaic GPU kernels
     document: jax.Array | None  # int32, [b, l], other than before where one begins; Triton's: numbers from 0 up
 
 

@@ -27,11 +27,16 @@ def test_forward_and_gradient_lower():
     assert calls["one chunk"] == calls["documents"] == calls["vmap"] == prepare + output
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
     backward = ["mosaic"] * 2  # the gradients of H, then the others
-    assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward
+    of_sequence, of_weights = (
+        ["triton"] * 2,
+        ["triton"],
+    )  # what is left, the former by position and over blocks of heads
+    assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward + of_sequence + of_weights
     # The read-out's gradient comes first; the read-out itself is not needed for it.
-    assert calls["gradient with norm"] == prepare + output + ["triton"] + backward == calls["mimo gradient with norm"]
-    assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward
+    assert calls["mimo gradient with norm"] == prepare + output + ["triton"] + backward
+    assert calls["gradient with norm"] == calls["mimo gradient with norm"] + of_sequence + of_weights
+    assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward + of_sequence
     # The first pass saves nothing.
-    assert calls["gradient under checkpoint"] == prepare + output + calls["gradient"]
+    assert calls["gradient under checkpoint"] == 2 * (prepare + output) + backward + of_sequence
     assert calls["mimo"] == prepare + 2 * output
     assert calls["mimo gradient under vmap and checkpoint"] == prepare + output + prepare + output + backward

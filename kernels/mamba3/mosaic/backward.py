@@ -1,18 +1,22 @@
-"""The Mosaic GPU backward: its two kernels, and what is left to JAX."""
+"""The Mosaic GPU backward: its two kernels, and those that make gradients of the inputs of what they leave."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ..cotangents import Parts, phase_flow
-from ..inputs import Inputs, Weights
+from ...triton_launch import launch
+from ..cotangents import gathered, of_later_phases, phase_flow
+from ..inputs import Inputs, Sequence, Weights
+from .finish import coefficient_gradients, sum_blocks, weight_gradients
 from .forward import Operands, Prepared
-from .gradients import FLOW, KEY, OVERLAP, QUERY, SCORE, TURN, TURNED_FLOW, Gradients, gradients
-from .pieces import DECAY, OTHER, S, T
+from .gradients import FLOW, KEY, OVERLAP, QUERY, SCORE, TURN, VECTORS, Gradients, gradients
+from .pieces import N, S, T
 from .state_gradients import state_gradients
 
+# Of the kernels in finish.py: heads of a program, rows and columns of a tile of the biases' parts, rows of a sum over
+# blocks, warps.
+_HEADS, _TILE, _ROWS, _WARPS = 8, (64, 64), 8, 4
 _MULTIPROCESSORS = 132  # of a large Hopper GPU; each runs one program of `gradients` at a time
 
 
@@ -36,9 +40,9 @@ def choose_count(programs: int) -> int:
 
 def kernels(
     given: Operands, prepared: Prepared, chunk_ssm: jax.Array, dy: jax.Array, dssm: jax.Array | None,
-    *, segments: int, interpret=None,
-) -> tuple[Gradients, jax.Array]:  # fmt: skip
-    """Parts of all gradients, and the whole one of H before the first token, [b, h, P, N] float32.
+    *, segments: int, first: bool, interpret=None,
+) -> tuple[Gradients, jax.Array | None]:  # fmt: skip
+    """Parts of all gradients, and the whole one of H before the first token, [b, h, P, N] float32, if wanted.
 
     Args:
       given: what the forward read.
@@ -47,11 +51,12 @@ def kernels(
       dy: gradient of y, [b, l, h, P] bfloat16; l is a whole number of chunks.
       dssm: of H after the last token, [b, h, P, N] float32; None = zeros.
       segments: of the sequence, for `state_gradients`.
+      first: whether a state comes in, so that the latter is wanted.
       interpret: parameters of the interpreter, if it is to run the kernels.
     """
     batch, length, heads, _ = dy.shape
     x, z, b, c, b_bias, c_bias, d = given
-    how = {"segments": segments, "interpret": interpret}
+    how = {"segments": segments, "first": first, "interpret": interpret}
     chunk_grad, first_grad = state_gradients(dy, z, c, prepared, c_bias, dssm, **how)
     found = gradients(
         x, z, dy, b, c, prepared, b_bias, c_bias, d, chunk_ssm, chunk_grad,
@@ -60,53 +65,83 @@ def kernels(
     return found, first_grad
 
 
-def parts(
-    inputs: Inputs, prepared: Prepared, found: Gradients, first_grad: jax.Array,
-    ssm: jax.Array | None, dssm: jax.Array | None,
-) -> Parts:  # fmt: skip
-    """What `cotangents.combine` makes gradients of. `ssm`: H after the last token, needed with its gradient `dssm`."""
-    batch, length, heads, _ = inputs.seq.x.shape
-    weights = inputs.weights
+def combine(
+    inputs: Inputs, found: Gradients, first_grad: jax.Array | None,
+    ssm: jax.Array | None, dssm: jax.Array | None, dphase: jax.Array | None,
+) -> Inputs:  # fmt: skip
+    """Gradients of the inputs.
 
-    def vector(row: int) -> jax.Array:  # [b, h, chunks, T]
-        return found.vectors[:, :, :, row]
-
-    def whole(v: jax.Array) -> jax.Array:
-        return v.reshape(batch, heads, -1)[:, :, :length]
-
-    later = np.tri(T, dtype=np.float32)  # a step of the decay reaches every later position
-    decay = jnp.einsum("bhmt,ts->bhms", vector(QUERY) - vector(KEY), later, precision=jax.lax.Precision.HIGHEST)
-    log_scale = prepared.coefficients[:, :, :, DECAY] - prepared.coefficients[:, :, :, OTHER]
-    turned = vector(TURNED_FLOW)
-    decay_flow, phase_flows = vector(FLOW).sum(axis=-1), turned[..., S:] - turned[..., :S]
-    # The kernel saw no H after the last chunk.
-    last_decay = jnp.zeros_like(decay_flow[:, :, :1])
-    last_phase = jnp.zeros_like(phase_flows[:, :, :1])
+    Args:
+      inputs: of the scan.
+      found: what `kernels` found.
+      first_grad: likewise.
+      ssm: H after the last token, needed with its gradient.
+      dssm: gradient of that, [b, h, P, N]; None = zeros, as is the next.
+      dphase: gradient of the phase after the last token, [b, h, S].
+    """
+    seq, length = inputs.seq, inputs.seq.x.shape[1]
+    last_decay = None if dssm is None else jnp.sum(dssm * ssm, axis=(-2, -1))
+    ddt, da, dlam, skips = _of_coefficients(inputs, found.vectors, last_decay)
+    db, dc, domega = (v[:, :length] for v in _over_blocks(found, seq.b.shape[3], seq.b.dtype))
+    dstart = None if inputs.phase is None else jnp.zeros_like(inputs.phase)
     if dssm is not None:
-        last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
-        last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
-    of_weights = dict.fromkeys(Weights._fields)
-    # The kernel has sums over the heads of a block up to each; differences are a head's own, to the sum's rounding.
-    biases = found.biases.sum(axis=(0, 1)).reshape(found.b.shape[0], -1, *found.biases.shape[3:])
-    biases = jnp.diff(biases, axis=1, prepend=0.0).reshape(heads, 2, -1)
-    for which, name in enumerate(("b_bias", "c_bias")):
-        if getattr(weights, name) is not None:
-            of_weights[name] = biases[:, which, None]
-    if weights.d is not None:
-        of_weights["d"] = vector(OVERLAP).sum(axis=(0, 2, 3))
-    return Parts(
-        x=found.x[:, :length],
-        z=None if found.z is None else found.z[:, :length],
-        b=found.b[:, :, :length, None],
-        c=found.c[:, :, :length, None],
-        weights=Weights(**of_weights),
-        decay=whole(decay),
-        scale=whole(vector(KEY) * jnp.exp2(-log_scale)),
-        gamma=whole(vector(SCORE) * vector(OVERLAP)),
-        turn=whole(vector(TURN)),
-        omega=found.omega[:, :, :length],
-        decay_flow=jnp.concatenate([decay_flow[:, :, :-1], last_decay], axis=2),
-        phase_flow=jnp.concatenate([phase_flows[:, :, :-1], last_phase], axis=2),
-        ssm=None if inputs.ssm is None else first_grad,
-        start_flow=None if inputs.ssm is None else phase_flow(first_grad, inputs.ssm, S, paired=False),
+        # The kernel knows nothing of what is left after the last token: H, which turns with all phases (those of the
+        # last chunk have their part of that as it is), and the last phase itself.
+        last = dphase + phase_flow(dssm, ssm, S, paired=False)
+        beyond = jnp.stack([last] * (found.vectors.shape[2] - 1) + [dphase], axis=2)
+        step, turned = of_later_phases(seq, beyond, T)
+        domega, ddt = domega + step, ddt + turned
+        dstart = None if dstart is None else last
+    if inputs.ssm is not None:
+        dstart = dstart - phase_flow(first_grad, inputs.ssm, S, paired=False)
+    b_bias, c_bias, d = _of_weights(found.biases, skips, seq.x.shape[2] // found.b.shape[0])
+    weights = {"b_bias": b_bias[:, None], "c_bias": c_bias[:, None], "d": d}
+    given = inputs.weights._asdict()
+    weights = Weights(**{name: None if given[name] is None else weights[name] for name in Weights._fields})
+    dz = None if found.z is None else found.z[:, :length]
+    dseq = Sequence(x=found.x[:, :length], dt=ddt, a=da, b=db, c=dc, lam=dlam, omega=domega, z=dz)
+    return gathered(inputs, dseq, weights, None if inputs.ssm is None else first_grad, dstart)
+
+
+def _of_coefficients(inputs: Inputs, vectors: jax.Array, last_decay: jax.Array | None) -> list[jax.Array]:
+    """Gradients of Δ, A and λ, [b, l, h], and parts of D's, [b, chunks, h]."""
+    seq, document = inputs.seq, inputs.document
+    batch, length, heads = seq.dt.shape
+    chunks = vectors.shape[2]
+    nothing = jnp.zeros((1,), jnp.int32)
+    return launch(
+        coefficient_gradients,
+        [seq.dt, seq.a, seq.lam, nothing if document is None else document, vectors,
+         nothing if last_decay is None else last_decay],
+        {"length": length},
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [seq.dt.shape] * 3 + [(batch, chunks, heads)]],
+        (chunks, math.ceil(heads / _HEADS), batch), _WARPS,
+        {"H": heads, "T": T, "HEADS": _HEADS, "VECTORS": VECTORS, "OVERLAP": OVERLAP, "SCORE": SCORE, "FLOW": FLOW,
+         "QUERY": QUERY, "KEY": KEY, "TURN": TURN, "HAS_DOC": document is not None,
+         "HAS_LAST": last_decay is not None},
+    )  # fmt: skip
+
+
+def _of_weights(biases: jax.Array, skips: jax.Array, block: int) -> list[jax.Array]:
+    """Gradients of B's and C's biases, [h, N], and of D, [h]."""
+    batch, chunks, heads = skips.shape
+    rows, columns = _TILE
+    return launch(
+        weight_gradients, [biases, skips], {"rows": batch * chunks},
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((heads, N), (heads, N), (heads,))],
+        (heads, N // columns, 2), _WARPS, {"H": heads, "BLOCK": block, "N": N, "ROWS": rows, "PART": columns},
+    )  # fmt: skip
+
+
+def _over_blocks(found: Gradients, groups: int, dtype: jnp.dtype) -> list[jax.Array]:
+    """Gradients of B and C, [b, l, 1, g, N], and of ω, [b, l, S], of so many whole chunks."""
+    blocks, batch, length, _ = found.b.shape
+    if blocks == 1:
+        return [found.b[0, :, :, None, None], found.c[0, :, :, None, None], found.omega[0]]
+    rows = jax.ShapeDtypeStruct((batch, length, 1, groups, N), dtype)
+    return launch(
+        sum_blocks, [found.b, found.c, found.omega], {"rows": batch * length},
+        [rows, rows, jax.ShapeDtypeStruct(found.omega.shape[1:], found.omega.dtype)],
+        (batch * length // _ROWS, groups, 1), _WARPS,
+        {"G": groups, "PER": blocks // groups, "N": N, "S": S, "ROWS": _ROWS},
     )  # fmt: skip

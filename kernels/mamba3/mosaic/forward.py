@@ -95,8 +95,9 @@ def in_chunks(v: jax.Array | None, positions: int = T) -> jax.Array | None:
 def output_pass(
     x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared,
     b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, ssm: jax.Array | None,
-    before: tuple[jax.Array, jax.Array] | None, *, count: int, pieces: int = 0, save: bool = False, interpret=None,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+    before: tuple[jax.Array, jax.Array] | None,
+    *, count: int, pieces: int = 0, last: bool = True, save: bool = False, interpret=None,
+) -> tuple[jax.Array | None, ...]:  # fmt: skip
     """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
 
     Args:
@@ -112,6 +113,7 @@ def output_pass(
       before: what `state_pass` returns, if there are several segments.
       count: chunks of a segment; the last has what is left.
       pieces: into which `state_pass` cuts a segment.
+      last: whether to return H after the last token; None instead if not.
       save: whether to return H before every chunk, as the products read it.
       interpret: parameters of the interpreter, if it is to run the kernel.
     """
@@ -241,13 +243,16 @@ def output_pass(
 
         state = lax.fori_loop(0, mine, chunk, state)
 
-        @pl.when(segment == segments - 1)
-        def _():
-            last_ref[index, head] = state
+        if last:
+
+            @pl.when(segment == segments - 1)
+            def _():
+                last_ref[index, head] = state
 
         plgpu.wait_smem_to_gmem(0)
 
-    out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32)]
+    last_type = jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32) if last else None
+    out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype), last_type]
     if save:
         out_type.append(jax.ShapeDtypeStruct((batch, heads, chunks, P, N), x.dtype))
     return plgpu.kernel(

@@ -10,7 +10,8 @@ diagonal (0 there) and w_j = 2^(L_end - L_j) s_j:
     dφ = <dC, J C> + <dB, J B>     of every pair and position, at the B and C that the products read
 
 Turned back, dB and dC are added up over the heads of the block, as are dω's parts. What of them does not turn is added
-up by the products, and gradients of biases are written as sums over positions of all heads so far.
+up by the products, and gradients of biases are written as sums over positions of all heads so far. A step of a phase
+turns all that comes later: in the chunk dφ, beyond it H', from which its gradient takes <G, J H'> (cotangents.py).
 
 The warpgroup SCORES rotates B and C, finds weights and dS, and has dC, <H', G> and the sums of dφ. The warpgroup VALUES
 has g, y, dz, dX and dB. They share memory without automatic barriers, and wait for one another at:
@@ -74,12 +75,11 @@ from .wgmma import begin, product, settle
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)
 _PART = 16  # columns
-# Rows of what depends on the head alone, float32 [N] each.
-B_BIAS, C_BIAS, SKIP = range(3)
-# Rows of what is written per position and head, float32 [T] each: g·x; C·B; <H', G> and the phases' part, by
-# coordinate; what L_i scales as a query and as a key; the phase's part of Δ's gradient.
-VECTORS = 7
-OVERLAP, SCORE, FLOW, TURNED_FLOW, QUERY, KEY, TURN = range(VECTORS)
+# Rows of what is written per position and head, float32 [T] each: g·x; C·B; <H', G> by coordinate; what L_i scales as a
+# query and as a key; the phases' part of Δ's gradient.
+VECTORS = 6
+OVERLAP, SCORE, FLOW, QUERY, KEY, TURN = range(VECTORS)
+_OWN_SCORES, _TURNED_FLOW = 2, 3  # rows of shared memory after the two of phases
 
 
 class Gradients(NamedTuple):
@@ -120,14 +120,12 @@ def gradients(
     chunks, per_group = length // T, heads // b.shape[2]
     blocks = heads // block
     simulated = interpret is not None
-    skip = jnp.broadcast_to(d[:, None, None], b_bias.shape)
-    constants = jnp.concatenate([b_bias, c_bias, skip], axis=1)  # [h, 3, N]
 
     def body(*refs):
-        (x_ref, z_ref, dy_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, constant_ref, ssm_ref, grad_ref,
-         dx_ref, dz_ref, db_ref, dc_ref, dbias_ref, vector_ref, domega_ref,
+        (x_ref, z_ref, dy_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, c_bias_ref, d_ref,
+         ssm_ref, grad_ref, dx_ref, dz_ref, db_ref, dc_ref, dbias_ref, vector_ref, domega_ref,
          raw, rot, states, both_grad, both_x, both_z, both_g, small, turns, phase,
-         both_coefficients, both_starts, both_constants,
+         both_coefficients, both_starts, both_biases,
          raw_here, x_here, small_here, states_here, free, ready, mixed, scored) = refs  # fmt: skip
         index, block_index, ci = (lax.axis_index(name) for name in _GRID)
         warpgroup = lax.axis_index("warpgroup")
@@ -135,7 +133,7 @@ def gradients(
 
         rot_b, rot_c, ssm, following = rot.at[0], rot.at[1], states.at[0], states.at[1]
         weights, dscores, rate = (small.at[k] for k in range(3))
-        score = both_starts.at[2]
+        score, turned_flow = both_starts.at[_OWN_SCORES], both_starts.at[_TURNED_FLOW]
 
         def at(k):
             """What depends on the head."""
@@ -147,7 +145,8 @@ def gradients(
             for source, target in (
                 (coefficient_ref.at[index, head, ci], both_coefficients.at[slot]),
                 (start_ref.at[index, head, ci], both_starts.at[slot, pl.ds(0, S)]),
-                (constant_ref.at[head], both_constants.at[slot]),
+                (b_bias_ref.at[head], both_biases.at[slot, pl.ds(0, 1)]),
+                (c_bias_ref.at[head], both_biases.at[slot, pl.ds(1, 1)]),
             ):
                 plgpu.copy_gmem_to_smem(source, target, small_here.at[slot])
             for source, target in ((dy_ref, both_g), (z_ref, both_z), (x_ref, both_x)):
@@ -187,10 +186,13 @@ def gradients(
             chosen = selectors(row, column, simulated)
             omega = widen(load_tile(rate), simulated)
             omega = omega[:, :S] + omega[:, S:]
+            turned_flow[...] = plgpu.layout_cast(jnp.zeros((T,), jnp.float32), WG.reduce(1))
+            has_next = jnp.where(ci + 1 < chunks, jnp.float32(1), jnp.float32(0))
 
             def phase_sums(q, k, step, domega):
-                """Adds head k's part to dω, and writes that of Δ: from dφ, two parts of which are in `weights`."""
-                q = q[:, :S] + q[:, S:]
+                """Adds head k's part to dω, and writes that of Δ: from sums of dφ and from <G, J H'>."""
+                beyond = load_cols(turned_flow.at[pl.ds(0, S)]) - load_cols(turned_flow.at[pl.ds(S, S)])
+                q = (q[:, :S] + q[:, S:]) + cols(beyond, T)
                 vector_ref[index, block_index * block + k, ci, TURN] = jnp.sum(q * omega, axis=1)
                 return domega + rows(step, S) * q
 
@@ -201,19 +203,17 @@ def gradients(
             def one(k, carry):
                 *total, domega = carry
                 slot, head, here, grad, vectors = at(k)
-                x_tile, g_tile, constant = both_x.at[slot], both_g.at[slot], both_constants.at[slot]
+                x_tile, g_tile, biases = both_x.at[slot], both_g.at[slot], both_biases.at[slot]
                 plgpu.barrier_wait(small_here.at[slot])
 
                 def rest(which):
-                    bias = load_cols(constant.at[which, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
+                    bias = load_cols(biases.at[which, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
                     return load_tile(raw.at[which, :, pl.ds(HALF, HALF)]) + cols(bias, T)
 
                 cos, sin = turn_by_hand(here, both_starts.at[slot, pl.ds(0, S)], rate, chosen, simulated)
-                turned = [
-                    turning(raw.at[which], constant.at[pl.ds(which, 1)], cos, sin, simulated) for which in range(2)
-                ]
+                turned = [turning(raw.at[which], biases.at[pl.ds(which, 1)], cos, sin, simulated) for which in range(2)]
                 rests = [rest(which) for which in range(2)]
-                before = jnp.maximum(k - 1, 0)  # for the first, sums of the zeros that were in `weights`
+                before = jnp.maximum(k - 1, 0)  # for the first, sums of the zeros that were in `weights`, and no flow
                 step = step_of(before)
                 plgpu.barrier_wait(free)
                 for target, half, other in zip((rot_b, rot_c), turned, rests, strict=True):
@@ -254,7 +254,7 @@ def gradients(
                 stash(phase, _phase(dc, rot_c, simulated), simulated)
                 plgpu.barrier_arrive(scored)
                 flow = settle(flow, 0, simulated)
-                vectors[TURNED_FLOW] = pick(flow, row, column, S, simulated)
+                turned_flow[...] = pick(flow, row, column, S, simulated) * has_next
                 flow = product(begin(flow, simulated), grad.at[:, second], following.at[:, second], simulated, a_t=True)
                 total = _with_turned_back(total[0], dc, turns, simulated)
                 vectors[FLOW] = pick(settle(flow, 0, simulated), row, column, 0, simulated)
@@ -288,7 +288,7 @@ def gradients(
 
             def one(k, total):
                 slot, head, here, grad, vectors = at(k)
-                x_tile, g_tile = both_x.at[slot], both_g.at[slot]
+                x_tile, g_tile, skip = both_x.at[slot], both_g.at[slot], d_ref[head]
                 plgpu.barrier_wait(small_here.at[slot])
                 plgpu.barrier_wait(x_here.at[slot])
                 if z is not None:
@@ -308,8 +308,6 @@ def gradients(
                 # The other slot's dx and dz have left it.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for_next(get, k)
-                skip = both_constants.at[slot, SKIP, pl.ds(0, T)]
-
                 decay, to_end = jnp.exp2(load_rows(here.at[DECAY])), load_rows(here.at[TO_END])
                 gamma = jnp.exp2(load_rows(here.at[OWN]))
 
@@ -320,7 +318,7 @@ def gradients(
                 plgpu.barrier_wait(mixed)
                 y = product(begin(y, simulated), weights, x_tile, simulated)
                 dx = product(begin(dx, simulated), weights, g_tile, simulated, a_t=True)
-                kept = load_rows(skip) + gamma * load_rows(score)
+                kept = skip + gamma * load_rows(score)
                 x, g = load_tile(x_tile), load_tile(g_tile)
                 scaled = x * rows(to_end.astype(jnp.bfloat16), P)
                 y = settle(y, 1, simulated)
@@ -374,16 +372,16 @@ def gradients(
             # x, z, dy of two heads; weights, dS, ω
             tile(2, T, P), None if z is None else tile(2, T, P), tile(2, T, P), tile(3, T, T),
             plgpu.SMEM((2, T, S) if simulated else (T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
-            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((3, T), jnp.float32),
-            plgpu.SMEM((2, 3, N), jnp.float32),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((4, T), jnp.float32),
+            plgpu.SMEM((2, 2, N), jnp.float32),
             plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=2 + (z is not None), num_barriers=2),
-            plgpu.Barrier(num_arrivals=3, num_barriers=2), plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(), plgpu.Barrier(),
         ],
         grid=(batch, blocks, chunks), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, dy, b, c, *prepared, constants, chunk_ssm, chunk_grad)  # fmt: skip
+    )(x, z, dy, b, c, *prepared, b_bias, c_bias, d, chunk_ssm, chunk_grad)  # fmt: skip
     return Gradients(*arrays)
 
 

@@ -119,18 +119,20 @@ def coefficients(
 def phases(
     angle_ptr, step_ptr, chunks,
     start_ptr, last_ptr,
-    H: tl.constexpr, S: tl.constexpr, MANY: tl.constexpr,
+    H: tl.constexpr, S: tl.constexpr, MANY: tl.constexpr, HAS_ANGLE: tl.constexpr,
 ):  # fmt: skip
     """The phase before every chunk, [b, h, chunks, S] in [-π, π), and after the last, [b, h, S] in [0, 2π).
 
-    A program has one head and walks MANY chunks at a time. angle is the phase before the first, [b, h, S].
+    A program has one head and walks MANY chunks at a time. angle is the phase before the first, [b, h, S], or 0.
     """
     head = tl.program_id(0)
     batch = tl.program_id(1)
     row_head = batch * H + head
     column = tl.arange(0, S)
     number = tl.arange(0, MANY)
-    phase = _turns(tl.load(angle_ptr + row_head * S + column))
+    phase = tl.zeros((S,), tl.int32)
+    if HAS_ANGLE:
+        phase = _turns(tl.load(angle_ptr + row_head * S + column))
     for first in range(0, chunks, MANY):
         at = (row_head * chunks + first + number[:, None]) * S + column[None, :]
         mask = (first + number < chunks)[:, None]

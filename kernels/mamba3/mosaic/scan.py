@@ -91,21 +91,22 @@ def scan(
 ) -> tuple[jax.Array, Mamba3State | None]:
     """Same contract as `xla.scan`, for inputs that `unsupported` has no objection to.
 
-    None instead of a state that is zero spares reading it. Without `return_state` the state that is returned is None,
-    and the backward need not look at its gradient. With a norm before the gate, and for MIMO without gate, the kernels
-    leave y of every rank to another.
+    None instead of a state that is zero spares reading it, and its gradient. Without `return_state` the state that is
+    returned is None, SISO does not write it, and the backward need not look at its gradient. With a norm before the
+    gate, and for MIMO without gate, the kernels leave y of every rank to another.
     """
     del chunk_size
     acc = jnp.float32
     rank, n, s = seq.b.shape[2], seq.b.shape[-1], seq.omega.shape[-1]
     seq = seq._replace(**{name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")})
     ssm = None if state is None else entering_ssm(seq, weights, state, acc)
+    phase = None if state is None else state.angle.astype(acc)
     if state is None:
         state = Mamba3State.zeros(*(seq.x.shape[k] for k in (0, 2, 3)), n, rank, s, seq.x.dtype)
     document = None if segment_ids is None else segment_ids.astype(jnp.int32)
     to_read_out = _is_read_out_elsewhere(seq, weights)
     given = without_readout(seq, weights) if to_read_out else (seq, weights)
-    y, ssm, angle = _scan(return_state, widened(Inputs(*given, ssm, state.angle.astype(acc), document)))
+    y, ssm, angle = _scan(return_state, widened(Inputs(*given, ssm, phase, document)))
     if to_read_out:
         rows, span = (y, _POSITIONS[rank]) if rank > 1 else (y[:, :, :, None], 0)
         y = read_rows(rows, seq, weights, norm_eps, span)
@@ -120,12 +121,12 @@ def scan(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(return_state: bool, inputs: Inputs) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """y, and if wanted H and the phase after the last token."""
-    y, ssm, angle = forward(inputs)
+    y, ssm, angle = forward(inputs, last=return_state)
     return (y, ssm, angle) if return_state else (y, None, None)
 
 
 def _scan_forward(return_state: bool, inputs: Inputs):
-    y, ssm, angle, prepared, chunk_ssm = checkpoint_name(forward_saving(inputs), SCAN_RESIDUALS)
+    y, ssm, angle, prepared, chunk_ssm = checkpoint_name(forward_saving(inputs, last=return_state), SCAN_RESIDUALS)
     if not return_state:
         ssm, angle = None, None
     return (y, ssm, angle), (inputs, prepared, chunk_ssm, ssm)
@@ -136,26 +137,32 @@ def _scan_backward(return_state: bool, residuals, cotangents) -> tuple[Inputs]:
     inputs, prepared, chunk_ssm, ssm = residuals
     dy, dssm, dangle = cotangents
     found, first_grad = backward_kernels(inputs, prepared, chunk_ssm, dy, dssm)
-    parts = _backward_of(inputs).parts(inputs, prepared, found, first_grad, ssm, dssm)
+    if inputs.seq.b.shape[2] == 1:
+        return (backward.combine(inputs, found, first_grad, ssm, dssm, dangle),)
+    parts = mimo_backward.parts(inputs, prepared, found, first_grad, ssm, dssm)
     return (combine(inputs, parts, _positions_of(inputs), dangle),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-@jax.custom_batching.sequential_vmap
-def forward(inputs: Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+def forward(inputs: Inputs, last: bool = True) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """y [b, l, h, p], and H [b, h, p, n] and the phase in radians [b, h, s] after the last token; not differentiable.
 
-    MIMO without gate: y of every rank, in rows (mimo_pieces.py). Under vmap the launches follow one another.
+    MIMO without gate: y of every rank, in rows (mimo_pieces.py). Without `last` SISO leaves out H. Under vmap the
+    launches follow one another.
     """
-    return forward_in_segments(inputs, _segments_of(inputs))
+    return _one_after_another(inputs, last=last)
 
 
-@jax.custom_batching.sequential_vmap
-def forward_saving(inputs: Inputs) -> tuple:
+def forward_saving(inputs: Inputs, last: bool = True) -> tuple:
     """`forward`, and what the backward needs of it: `Prepared`, and H before every chunk."""
-    return forward_in_segments(inputs, _segments_of(inputs), save=True)
+    return _one_after_another(inputs, last=last, save=True)
+
+
+def _one_after_another(inputs: Inputs, **how: bool) -> tuple:
+    run = functools.partial(forward_in_segments, segments=_segments_of(inputs), **how)
+    return jax.custom_batching.sequential_vmap(lambda inputs: run(inputs))(inputs)
 
 
 @jax.custom_batching.sequential_vmap
@@ -179,22 +186,22 @@ def _positions_of(inputs: Inputs) -> int:
     return _POSITIONS[inputs.seq.b.shape[2]]
 
 
-def _backward_of(inputs: Inputs):
-    return backward if inputs.seq.b.shape[2] == 1 else mimo_backward
-
-
-def forward_in_segments(inputs: Inputs, segments: int, save: bool = False, interpret=None) -> tuple:
+def forward_in_segments(inputs: Inputs, segments: int, last: bool = True, save: bool = False, interpret=None) -> tuple:
     """`forward` with a given number of segments.
 
     `save` adds `Prepared` and H before every chunk. `interpret`: parameters of the interpreter, if it is to run them.
     """
     prepared, angle = prepare(inputs)
-    run = _siso_forward if inputs.seq.b.shape[2] == 1 else mimo_forward.forward_in_segments
-    y, ssm, *saved = run(inputs, prepared, segments, save, interpret)
+    if inputs.seq.b.shape[2] == 1:
+        y, ssm, *saved = _siso_forward(inputs, prepared, segments, last, save, interpret)
+    else:
+        y, ssm, *saved = mimo_forward.forward_in_segments(inputs, prepared, segments, save, interpret)
     return y, ssm, angle, *((prepared, *saved) if save else ())
 
 
-def _siso_forward(inputs: Inputs, prepared: Prepared, segments: int, save: bool, interpret) -> tuple[jax.Array, ...]:
+def _siso_forward(
+    inputs: Inputs, prepared: Prepared, segments: int, last: bool, save: bool, interpret
+) -> tuple[jax.Array | None, ...]:
     x, z, b, c, b_bias, c_bias, d = operands(inputs)
     cut = choose_cut(x.shape[1] // T, segments, heads=x.shape[2], groups=b.shape[2])
     before = None
@@ -205,7 +212,7 @@ def _siso_forward(inputs: Inputs, prepared: Prepared, segments: int, save: bool,
         )  # fmt: skip
     y, *states = output_pass(
         x, z, b, c, prepared, b_bias, c_bias, d, inputs.ssm, before,
-        count=cut.count, pieces=cut.pieces, save=save, interpret=interpret,
+        count=cut.count, pieces=cut.pieces, last=last, save=save, interpret=interpret,
     )  # fmt: skip
     return y[:, : inputs.seq.x.shape[1]], *states
 
@@ -234,7 +241,10 @@ def backward_in_segments(
     given = operands(inputs) if inputs.seq.b.shape[2] == 1 else mimo_forward.operands(inputs)
     if dy.shape == inputs.seq.x.shape:  # else in rows, which are of whole chunks
         dy = in_chunks(dy, _positions_of(inputs))
-    return _backward_of(inputs).kernels(given, prepared, chunk_ssm, dy, dssm, segments=segments, interpret=interpret)
+    how = {"segments": segments, "interpret": interpret}
+    if inputs.seq.b.shape[2] == 1:
+        return backward.kernels(given, prepared, chunk_ssm, dy, dssm, first=inputs.ssm is not None, **how)
+    return mimo_backward.kernels(given, prepared, chunk_ssm, dy, dssm, **how)
 
 
 def operands(inputs: Inputs) -> Operands:
@@ -271,7 +281,8 @@ def prepare(inputs: Inputs) -> tuple[Prepared, jax.Array]:
          "HAS_DOC": inputs.document is not None},
     )  # fmt: skip
     starts, angle = launch(
-        phases, [inputs.phase, steps], {"chunks": chunks}, [shape(heads, chunks, S), shape(heads, S)],
-        (heads, batch, 1), 4, {"H": heads, "S": S, "MANY": _CHUNKS},
+        phases, [jnp.zeros((1,)) if inputs.phase is None else inputs.phase, steps], {"chunks": chunks},
+        [shape(heads, chunks, S), shape(heads, S)], (heads, batch, 1), 4,
+        {"H": heads, "S": S, "MANY": _CHUNKS, "HAS_ANGLE": inputs.phase is not None},
     )  # fmt: skip
     return Prepared(coefs, rates, starts), angle

@@ -48,9 +48,9 @@ from .segment_states import added_shapes, load_state, no_state, pass_through, st
 
 def state_gradients(
     dy: jax.Array, z: jax.Array | None, c: jax.Array, prepared: Prepared, c_bias: jax.Array,
-    last_grad: jax.Array | None, *, segments: int, interpret=None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """The gradient of H after every chunk, and before the first token.
+    last_grad: jax.Array | None, *, segments: int, first: bool = True, interpret=None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """The gradient of H after every chunk, and, if asked for `first`, before the first token.
 
     Args:
       dy: gradient of the output, [b, l, h, P] bfloat16; l is a whole number of chunks.
@@ -60,18 +60,19 @@ def state_gradients(
       c_bias: [h, 1, N] float32.
       last_grad: gradient of H after the last token, [b, h, P, N] float32; None = zeros.
       segments: of the sequence; all but the last have equally many chunks.
+      first: whether the latter is wanted.
       interpret: parameters of the interpreter, if it is to run the kernels.
 
     Returns:
-      [b, h, chunks, P, N] bfloat16, and [b, h, P, N] float32.
+      [b, h, chunks, P, N] bfloat16, and [b, h, P, N] float32 or None.
     """
     after = ()
     if segments > 1:
-        after = _walk(dy, z, c, prepared, c_bias, None, (), segments, True, interpret)
-    return _walk(dy, z, c, prepared, c_bias, last_grad, after, segments, False, interpret)
+        after = _walk(dy, z, c, prepared, c_bias, None, (), segments, True, True, interpret)
+    return _walk(dy, z, c, prepared, c_bias, last_grad, after, segments, False, first, interpret)
 
 
-def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_only: bool, interpret):
+def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_only: bool, wants_first: bool, interpret):
     """Walks every segment. `states_only`: but the first, from G = 0; returns what each adds to G, and its decay.
 
     `after` is what that returned (segment_states.py).
@@ -164,16 +165,17 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
             at = (index, head, segment - 1)
             store_added(grads_ref.at[at], first_ref.at[at], state, log_decay)
         else:
+            if wants_first:
 
-            @pl.when(segment == 0)
-            def _():
-                first_ref[index, head] = state
+                @pl.when(segment == 0)
+                def _():
+                    first_ref[index, head] = state
 
             plgpu.wait_smem_to_gmem(0)
 
     out = (
         jax.ShapeDtypeStruct((batch, heads, chunks, P, N), jnp.bfloat16),
-        jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32) if wants_first else None,
     )
     return plgpu.kernel(
         body,

@@ -19,7 +19,7 @@ def widened(inputs: Inputs) -> Inputs:
         seq=seq._replace(omega=_padded(seq.omega, S), b=_to_kernels(seq.b, s), c=_to_kernels(seq.c, s)),
         weights=weights._replace(b_bias=_to_kernels(weights.b_bias, s), c_bias=_to_kernels(weights.c_bias, s)),
         ssm=_to_kernels(inputs.ssm, s),
-        phase=_padded(inputs.phase, S),
+        phase=None if inputs.phase is None else _padded(inputs.phase, S),
     )
 
 
