@@ -5,9 +5,10 @@ median accuracy on the validation sequences, averaged over the lengths; reported
 sequences. Beside it stands the best of all runs of the model, whatever their setting, which papers often report.
 """
 
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 from m3jax.circumstances import circumstances
 from m3jax.data.atomic import whole_file
 from m3jax.data.tasks import scaled_accuracy
+from m3jax.errors import ConfigError
 from m3jax.studies.config import StudyConfig
 from m3jax.studies.files import GroupFiles
-from m3jax.studies.grid import make_groups
+from m3jax.studies.grid import Group, make_groups
 from m3jax.studies.plots import plot_task
 from m3jax.training.manifest import write_json
 
@@ -128,7 +130,7 @@ def write_report(workdir: Path, study: StudyConfig, command: str, commit: str | 
     Returns:
       The paths of what was written.
     """
-    groups = [GroupFiles(workdir, study, group).load_results() for group in make_groups(study)]
+    groups = [GroupFiles(workdir, study, group).load_results() for group in _possible_groups(study)]
     groups = [results for results in groups if results is not None]
     record = circumstances(commit) | {"command": command, "config": dataclasses.asdict(study), "groups": groups}
     paths = [workdir / "results.json", workdir / "results.md"]
@@ -139,3 +141,10 @@ def write_report(workdir: Path, study: StudyConfig, command: str, commit: str | 
         file.write(f"# {workdir.absolute().name}\n\n    {command}\n\n{circumstance}\n\n{tables(groups)}")
     paths += [plot_task(workdir / f"{task}.png", task, choices) for task, choices in by_task(groups).items()]
     return paths
+
+
+def _possible_groups(study: StudyConfig) -> Iterator[Group]:
+    """All but those of models that the study's sizes do not fit, of which there can be no results."""
+    for model in study.grid.model_names:
+        with contextlib.suppress(ConfigError):
+            yield from make_groups(study, models=[model])

@@ -49,7 +49,7 @@ def test_results(small_study, whole):
 
 
 def test_steps_take_turns_and_every_setting_is_measured(small_study, tmp_path):
-    study = small_study(**RECALL)
+    study = small_study(**RECALL, model__d_state=16)
     _, results = run(study, tmp_path)
     for result in results["runs"]:
         assert list(result["test"]) == list(result["validation"]) == ["8/2", "16/4"]
@@ -62,6 +62,9 @@ def test_steps_take_turns_and_every_setting_is_measured(small_study, tmp_path):
     assert long.tokens.shape == (2, 2, 4, 16) and long.real.sum(axis=-1).tolist() == [[[4] * 4] * 2, [[2] * 4] * 2]
     text = write_report(tmp_path, study, "the command", None)[1].read_text()
     assert "| at 8/2 | at 16/4 |" in text and f"| {results['parameters']:,} |" in text
+    # Nor does a report fail for want of a model that was not trained because heads of 8 with states of 16 are not its.
+    others = small_study(**RECALL | {"grid__models": "gdn,transformer"}, model__d_state=16)
+    assert write_report(tmp_path, others, "the command", None)[1].read_text() == text
 
 
 def test_packed_rows_are_half_as_many(small_study, tmp_path):
