@@ -27,10 +27,8 @@ def test_forward_and_gradient_lower():
     assert calls["one chunk"] == calls["documents"] == calls["vmap"] == prepare + output
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
     backward = ["mosaic"] * 2  # the gradients of H, then the others
-    of_sequence, of_weights = (
-        ["triton"] * 2,
-        ["triton"],
-    )  # what is left, the former by position and over blocks of heads
+    # What the gradients' kernel leaves: by position and over blocks of heads; and of biases and D.
+    of_sequence, of_weights = ["triton"] * 2, ["triton"]
     assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward + of_sequence + of_weights
     # The read-out's gradient comes first; the read-out itself is not needed for it.
     assert calls["mimo gradient with norm"] == prepare + output + ["triton"] + backward
