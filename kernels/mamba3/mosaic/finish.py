@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..cotangents import LEAST_LOG_DECAY
-from .prepare import _LEAST_SCALE
+from .prepare import LEAST_SCALE
 
 _LEAST_LOG_DECAY = tl.constexpr(LEAST_LOG_DECAY)
 
@@ -66,9 +66,9 @@ def coefficient_gradients(
         begins = (t > 0) & (doc != tl.load(doc_at - 1, mask=(t > 0) & (t < length), other=0))
         ends = doc != tl.load(doc_at + 1, mask=t + 1 < length, other=0)
         half_step_after = tl.where(ends[:, None], 0.0, half_step_after)
-    scale = key / tl.maximum(lam * dt + half_step_after, _LEAST_SCALE)
+    scale = key / tl.maximum(lam * dt + half_step_after, LEAST_SCALE)
     # What a document's first token adds by halves to the token before is nothing.
-    scale_before = key_before / tl.maximum(lam_before * dt_before + half_step, _LEAST_SCALE)
+    scale_before = key_before / tl.maximum(lam_before * dt_before + half_step, LEAST_SCALE)
     scale_before = tl.where(begins[:, None], 0.0, scale_before)
     beyond = tl.sum(flow, 0)
     beyond = tl.where(chunk + 1 < chunks, beyond, 0.0)  # the kernel saw no H after the last chunk

@@ -18,7 +18,7 @@ _MIN_LOG2_DECAY = tl.constexpr(-152.0)
 # Of a document's first token. 2^-200 times s or γ is still 0.
 _LOG2_DECAY_BETWEEN_DOCUMENTS = tl.constexpr(-200.0)
 # Never 0, so that its gradient can be found by dividing by it.
-_LEAST_SCALE = tl.constexpr(1e-20)
+LEAST_SCALE = tl.constexpr(1e-20)
 # 1 / 2π in two parts; the first has few enough bits for the second to repair its rounding.
 _TURNS_HIGH = tl.constexpr(0.15917968750)
 _TURNS_LOW = tl.constexpr(-2.4744408106e-05)
@@ -86,7 +86,7 @@ def coefficients(
         half_step = tl.where(ends[:, None], 0.0, half_step)
     decay = tl.cumsum(decay, 0)
     gamma = lam * dt
-    scale = tl.maximum(gamma + half_step, _LEAST_SCALE)
+    scale = tl.maximum(gamma + half_step, LEAST_SCALE)
     to_end = tl.exp2(tl.min(decay, 0)[None, :] - decay) * scale  # terms are ≤ 0: the last sum is the least
     high = _high_part(dt)
 
