@@ -99,7 +99,8 @@ def _in_float64(tree):
 
 @functools.cache
 def _expected(case: Case, packed: bool) -> dict[str, np.ndarray]:
-    with jax.enable_x64(True):
+    # On the CPU: states of every token and head in float64, which would fill the memory that all workers share.
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         run = differentiated(implementation="reference", segment_ids=_documents(case, packed))
         return jax.tree.map(np.asarray, run(*_in_float64(_arguments(case, "float32"))))
 
