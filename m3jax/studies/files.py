@@ -2,12 +2,14 @@
 
     groups/NAME.npz    parameters, optimizer state and learning curves after the block that was saved last
     groups/NAME.json   the results of a finished group
+    groups/NAME.lock   held by the process that trains it
     results.json       those of all groups, results.md and *.png what they say (report.py)
 
 Every file is written under another name and renamed, so that it is whole or not there. Files of a group say what they
 are of; a study whose config asks for something else is refused, but for the evaluation, which is then done again.
 """
 
+import contextlib
 import dataclasses
 import json
 import zipfile
@@ -24,6 +26,7 @@ from m3jax.studies.config import StudyConfig
 from m3jax.studies.grid import Group
 from m3jax.studies.runs import Kept, RunsState
 from m3jax.training.manifest import write_json
+from m3jax.training.workdir import lock
 
 _DO_NOT_MATTER = ("runs_at_once", "save_seconds")  # to what a run learns
 
@@ -53,12 +56,21 @@ class GroupFiles:
         folder = workdir / "groups"
         folder.mkdir(parents=True, exist_ok=True)
         self._training, self._results = folder / f"{group.name}.npz", folder / f"{group.name}.json"
+        self._lock = folder / f"{group.name}.lock"
         self._trained_as = _plain({
             "model": dataclasses.asdict(group.model), "optimizer": dataclasses.asdict(study.optimizer),
             "train": {k: v for k, v in dataclasses.asdict(study.train).items() if k not in _DO_NOT_MATTER},
             "grid": {"task": group.task_name, "shift": group.shift, "runs": group.runs},
         })  # fmt: skip
         self._evaluated_as = _plain(dataclasses.asdict(study.evaluation))
+
+    def claimed(self) -> contextlib.AbstractContextManager[str | None]:
+        """While entered no other process has the group; yields the process that has it, None for this one."""
+        return lock(self._lock)
+
+    def was_claimed(self) -> bool:
+        """Whether any process has begun with it."""
+        return self._lock.exists()
 
     def save_training(self, training: Training) -> None:
         """Saves a training, over the one before."""

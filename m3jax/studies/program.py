@@ -9,7 +9,6 @@ from m3jax.studies.config import StudyConfig, build_study
 from m3jax.studies.grid import make_groups
 from m3jax.studies.report import write_report
 from m3jax.studies.sweep import run_sweep
-from m3jax.training.workdir import locked
 
 
 def run_study(program: Path, argv: Sequence[str] | None = None) -> None:
@@ -33,11 +32,10 @@ def run_study(program: Path, argv: Sequence[str] | None = None) -> None:
     study = read_config(preset, overrides, build_study)
     groups = make_groups(study, arguments.tasks, arguments.models)
     workdir = arguments.workdir or Path("runs") / preset.stem
-    with locked(workdir):
-        if run_sweep(study, workdir, groups):
-            command = " ".join(["python", name, *(sys.argv[1:] if argv is None else argv)])
-            for path in write_report(workdir, study, command, arguments.commit):
-                print(path)
+    if run_sweep(study, workdir, groups):
+        command = " ".join(["python", name, *(sys.argv[1:] if argv is None else argv)])
+        for path in write_report(workdir, study, command, arguments.commit):
+            print(path)
 
 
 def preset_path(text: str, presets: Path) -> Path:

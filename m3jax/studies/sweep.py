@@ -1,5 +1,7 @@
 """Trains and measures the groups of a study one after another, from wherever its directory stands.
 
+Several processes may do so in one directory, each on a GPU of its own: each takes groups that no other has.
+
 The host is a block ahead of what it knows: it draws and dispatches one, then reads the numbers of the one before. On a
 GPU other threads compile the programs of the next groups meanwhile.
 """
@@ -33,7 +35,7 @@ _COMPILING = 2  # groups at once; tracing, half of it, is Python
 
 
 def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> bool:
-    """Trains and measures the groups that are not finished.
+    """Trains and measures the groups that are not finished and that no other process trains.
 
     Args:
       study: how.
@@ -53,18 +55,22 @@ def run_sweep(study: StudyConfig, workdir: Path, groups: Sequence[Group]) -> boo
         for number, group in enumerate(groups, start=1):
             files = GroupFiles(workdir, study, group)
             place = f"{number}/{len(groups)} {group.name}"
-            if files.load_results() is not None:
-                line.message(f"{place}: finished before")
-                continue
-            compiled(group)
-            trainer = GroupTrainer(study, group, files)
-            if not trainer.train(line, stop, place):
-                line.message(f"{stop.signal_name}: stopped. Run the same command again to continue.")
-                return False
-            accuracies = evaluate_group(study, group, trainer.params)
-            results = _results(study, group, trainer.training, accuracies)
-            files.save_results(results)
-            line.message(f"{place}: {_summary(accuracies)}; trained for {format_seconds(results['seconds'])}")
+            with files.claimed() as other:
+                if files.load_results() is not None:
+                    line.message(f"{place}: finished before")
+                    continue
+                if other is not None:
+                    line.message(f"{place}: process {other} trains it")
+                    continue
+                compiled(group)
+                trainer = GroupTrainer(study, group, files)
+                if not trainer.train(line, stop, place):
+                    line.message(f"{stop.signal_name}: stopped. Run the same command again to continue.")
+                    return False
+                accuracies = evaluate_group(study, group, trainer.params)
+                results = _results(study, group, trainer.training, accuracies)
+                files.save_results(results)
+                line.message(f"{place}: {_summary(accuracies)}; trained for {format_seconds(results['seconds'])}")
     return True
 
 
@@ -79,11 +85,24 @@ def _compiled_ahead(study: StudyConfig, workdir: Path, groups: Sequence[Group]) 
         for group in groups:
             files = GroupFiles(workdir, study, group)
             if files.load_results() is None:
-                waiting[group.name] = threads.submit(_compile, study, group, files)
+                waiting[group.name] = threads.submit(_compile_unclaimed, study, group, files)
+
+        def compiled(group: Group) -> None:
+            if not waiting[group.name].result():
+                _compile(study, group, GroupFiles(workdir, study, group))
+
         try:
-            yield lambda group: waiting[group.name].result()
+            yield compiled
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _compile_unclaimed(study: StudyConfig, group: Group, files: GroupFiles) -> bool:
+    """Compiles a group's programs unless it has been claimed, by another process or before its turn came here."""
+    if files.was_claimed():
+        return False
+    _compile(study, group, files)
+    return True
 
 
 def _compile(study: StudyConfig, group: Group, files: GroupFiles) -> None:

@@ -16,25 +16,34 @@ FREE_MODEL_KEYS = ("dtype", "state_dtype", "chunk_size", "scan_implementation", 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Creates the directory and holds its lock; the lock ends with the process, however that ends.
+    """Creates the directory and holds its lock while entered.
 
     Raises:
       TrainingError: another process holds it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("a+") as file:
+    with lock(workdir / ".lock") as holder:
+        if holder is not None:
+            raise TrainingError(
+                f"{workdir} is in use by process {holder}: wait for it to end or choose another --workdir."
+            )
+        yield
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[str | None]:
+    """Takes a file's lock, which ends with the process, however that ends; yields who has it, None for this one."""
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise TrainingError(
-                f"{workdir} is in use by process {file.read().strip() or '?'}: wait for it to end or choose another "
-                "--workdir."
-            ) from None
+            yield file.read().strip() or "?"
+            return
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield None
 
 
 def changed_keys(stored: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,6 +1,7 @@
 """A sweep: killed and resumed it ends bit for bit where it would have; what is finished is not done again."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -65,6 +66,18 @@ def test_steps_take_turns_and_every_setting_is_measured(small_study, tmp_path):
     # Nor does a report fail for want of a model that was not trained because heads of 8 with states of 16 are not its.
     others = small_study(**RECALL | {"grid__models": "gdn,transformer"}, model__d_state=16)
     assert write_report(tmp_path, others, "the command", None)[1].read_text() == text
+
+
+def test_a_group_that_another_process_has_is_left_to_it(small_study, tmp_path, capsys):
+    study = small_study()
+    (group,) = groups = make_groups(study)
+    with GroupFiles(tmp_path, study, group).claimed() as holder, GroupFiles(tmp_path, study, group).claimed() as other:
+        assert (holder, other) == (None, str(os.getpid()))
+        assert sweep.run_sweep(study, tmp_path, groups)
+        assert f"{group.name}: process {os.getpid()} trains it" in capsys.readouterr().out
+    assert GroupFiles(tmp_path, study, group).load_results() is None
+    with GroupFiles(tmp_path, study, group).claimed() as holder:
+        assert holder is None
 
 
 def test_packed_rows_are_half_as_many(small_study, tmp_path):
