@@ -158,7 +158,7 @@ def test_gradients_without_a_state(monkeypatch):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, 2)
-    case = dataclasses.replace(CASE, l=T + 9, h=1)
+    case = dataclasses.replace(CASE, l=T + 9)
     args, _ = arguments(case)
     del args["b_bias"], args["d"]
     packing = documents(case)

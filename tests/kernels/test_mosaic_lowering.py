@@ -27,14 +27,13 @@ def test_forward_and_gradient_lower():
     assert calls["one chunk"] == calls["documents"] == calls["vmap"] == prepare + output
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
     backward = ["mosaic"] * 2  # the gradients of H, then the others
-    # What the gradients' kernel leaves: by position and over blocks of heads; and of biases and D.
-    of_sequence, of_weights = ["triton"] * 2, ["triton"]
-    assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward + of_sequence + of_weights
+    finish = ["triton"]  # what the gradients' kernel leaves
+    assert calls["gradient"] == calls["gradient under vmap"] == prepare + output + backward + finish
     # The read-out's gradient comes first; the read-out itself is not needed for it.
     assert calls["mimo gradient with norm"] == prepare + output + ["triton"] + backward
-    assert calls["gradient with norm"] == calls["mimo gradient with norm"] + of_sequence + of_weights
-    assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward + of_sequence
+    assert calls["gradient with norm"] == calls["mimo gradient with norm"] + finish
+    assert calls["gradient of segments"] == prepare + 2 * output + ["mosaic"] + backward + finish
     # The first pass saves nothing.
-    assert calls["gradient under checkpoint"] == 2 * (prepare + output) + backward + of_sequence
+    assert calls["gradient under checkpoint"] == 2 * (prepare + output) + backward + finish
     assert calls["mimo"] == prepare + 2 * output
     assert calls["mimo gradient under vmap and checkpoint"] == prepare + output + prepare + output + backward

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ...triton_launch import launch
 from ..cotangents import gathered, of_later_phases, phase_flow
 from ..inputs import Inputs, Sequence, Weights
-from .finish import coefficient_gradients, sum_blocks, weight_gradients
+from .finish import finish
 from .forward import Operands, Prepared
 from .gradients import FLOW, KEY, OVERLAP, QUERY, SCORE, TURN, VECTORS, Gradients, gradients
 from .pieces import N, S, T
@@ -16,7 +16,7 @@ from .state_gradients import state_gradients
 
 # Of the kernels in finish.py: heads of a program, rows and columns of a tile of the biases' parts, rows of a sum over
 # blocks, warps.
-_HEADS, _TILE, _ROWS, _WARPS = 8, (64, 64), 8, 4
+_HEADS, _TILE, _ROWS, _WARPS = 8, (32, 64), 8, 4
 _MULTIPROCESSORS = 132  # of a large Hopper GPU; each runs one program of `gradients` at a time
 
 
@@ -60,7 +60,8 @@ def kernels(
     chunk_grad, first_grad = state_gradients(dy, z, c, prepared, c_bias, dssm, **how)
     found = gradients(
         x, z, dy, b, c, prepared, b_bias, c_bias, d, chunk_ssm, chunk_grad,
-        block=choose_block(batch, length, heads, b.shape[2]), interpret=interpret,
+        block=choose_block(batch, length, heads, b.shape[2]), no_first=not first, no_last=dssm is None,
+        interpret=interpret,
     )  # fmt: skip
     return found, first_grad
 
@@ -81,8 +82,8 @@ def combine(
     """
     seq, length = inputs.seq, inputs.seq.x.shape[1]
     last_decay = None if dssm is None else jnp.sum(dssm * ssm, axis=(-2, -1))
-    ddt, da, dlam, skips = _of_coefficients(inputs, found.vectors, last_decay)
-    db, dc, domega = (v[:, :length] for v in _over_blocks(found, seq.b.shape[3], seq.b.dtype))
+    ddt, da, dlam, b_bias, c_bias, d, *sums = _finished(inputs, found, last_decay)
+    db, dc, domega = (v[:, :length] for v in sums)
     dstart = None if inputs.phase is None else jnp.zeros_like(inputs.phase)
     if dssm is not None:
         # The kernel knows nothing of what is left after the last token: H, which turns with all phases (those of the
@@ -94,7 +95,6 @@ def combine(
         dstart = None if dstart is None else last
     if inputs.ssm is not None:
         dstart = dstart - phase_flow(first_grad, inputs.ssm, S, paired=False)
-    b_bias, c_bias, d = _of_weights(found.biases, skips, seq.x.shape[2] // found.b.shape[0])
     weights = {"b_bias": b_bias[:, None], "c_bias": c_bias[:, None], "d": d}
     given = inputs.weights._asdict()
     weights = Weights(**{name: None if given[name] is None else weights[name] for name in Weights._fields})
@@ -103,45 +103,33 @@ def combine(
     return gathered(inputs, dseq, weights, None if inputs.ssm is None else first_grad, dstart)
 
 
-def _of_coefficients(inputs: Inputs, vectors: jax.Array, last_decay: jax.Array | None) -> list[jax.Array]:
-    """Gradients of Δ, A and λ, [b, l, h], and parts of D's, [b, chunks, h]."""
+def _finished(inputs: Inputs, found: Gradients, last_decay: jax.Array | None) -> list[jax.Array]:
+    """Gradients of Δ, A and λ, [b, l, h], of B's and C's biases, [h, N], of D, [h], and of so many whole chunks, of B
+    and C, [b, l, 1, g, N], and ω, [b, l, S]; `last_decay`: of the log decay beyond the last token, [b, h].
+    """
     seq, document = inputs.seq, inputs.document
     batch, length, heads = seq.dt.shape
-    chunks = vectors.shape[2]
+    groups, blocks, chunks = seq.b.shape[3], found.b.shape[0], found.vectors.shape[2]
+    has_blocks = blocks > 1
     nothing = jnp.zeros((1,), jnp.int32)
-    return launch(
-        coefficient_gradients,
-        [seq.dt, seq.a, seq.lam, nothing if document is None else document, vectors,
-         nothing if last_decay is None else last_decay],
-        {"length": length},
-        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [seq.dt.shape] * 3 + [(batch, chunks, heads)]],
-        (chunks, math.ceil(heads / _HEADS), batch), _WARPS,
+    rows, columns = _TILE
+    f32, whole = jnp.float32, (batch, chunks * T)
+    shapes = [(seq.dt.shape, f32)] * 3 + [((heads, N), f32)] * 2 + [((heads,), f32)]
+    of_rows = ((*whole, 1, groups, N), seq.b.dtype), ((*whole, 1, groups, N), seq.b.dtype), ((*whole, S), f32)
+    shapes += [(shape if has_blocks else (1,), dtype) for shape, dtype in of_rows]
+    programs = heads * (2 * N // columns) + batch * chunks * math.ceil(heads / _HEADS)
+    out = launch(
+        finish,
+        [seq.dt, seq.a, seq.lam, nothing if document is None else document, found.vectors,
+         nothing if last_decay is None else last_decay, found.biases, found.b, found.c, found.omega],
+        {"length": length, "chunks": chunks, "batches": batch},
+        [jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        (programs + has_blocks * groups * batch * chunks * (T // _ROWS), 1, 1), _WARPS,
         {"H": heads, "T": T, "HEADS": _HEADS, "VECTORS": VECTORS, "OVERLAP": OVERLAP, "SCORE": SCORE, "FLOW": FLOW,
          "QUERY": QUERY, "KEY": KEY, "TURN": TURN, "HAS_DOC": document is not None,
-         "HAS_LAST": last_decay is not None},
+         "HAS_LAST": last_decay is not None, "BLOCK": heads // blocks, "N": N, "S": S, "BIAS_ROWS": rows,
+         "BIAS_COLUMNS": columns, "G": groups, "PER": blocks // groups, "ROWS": _ROWS, "HAS_BLOCKS": has_blocks},
     )  # fmt: skip
-
-
-def _of_weights(biases: jax.Array, skips: jax.Array, block: int) -> list[jax.Array]:
-    """Gradients of B's and C's biases, [h, N], and of D, [h]."""
-    batch, chunks, heads = skips.shape
-    rows, columns = _TILE
-    return launch(
-        weight_gradients, [biases, skips], {"rows": batch * chunks},
-        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((heads, N), (heads, N), (heads,))],
-        (heads, N // columns, 2), _WARPS, {"H": heads, "BLOCK": block, "N": N, "ROWS": rows, "PART": columns},
-    )  # fmt: skip
-
-
-def _over_blocks(found: Gradients, groups: int, dtype: jnp.dtype) -> list[jax.Array]:
-    """Gradients of B and C, [b, l, 1, g, N], and of ω, [b, l, S], of so many whole chunks."""
-    blocks, batch, length, _ = found.b.shape
-    if blocks == 1:
-        return [found.b[0, :, :, None, None], found.c[0, :, :, None, None], found.omega[0]]
-    rows = jax.ShapeDtypeStruct((batch, length, 1, groups, N), dtype)
-    return launch(
-        sum_blocks, [found.b, found.c, found.omega], {"rows": batch * length},
-        [rows, rows, jax.ShapeDtypeStruct(found.omega.shape[1:], found.omega.dtype)],
-        (batch * length // _ROWS, groups, 1), _WARPS,
-        {"G": groups, "PER": blocks // groups, "N": N, "S": S, "ROWS": _ROWS},
-    )  # fmt: skip
+    if has_blocks:
+        return out
+    return [*out[:6], found.b[0, :, :, None, None], found.c[0, :, :, None, None], found.omega[0]]

@@ -1,4 +1,4 @@
-"""What the SISO gradients' kernel leaves, made into gradients of the inputs: small Triton kernels."""
+"""What the SISO gradients' kernel leaves, made into gradients of the inputs: one Triton kernel, as launches cost."""
 
 import triton
 import triton.language as tl
@@ -17,22 +17,19 @@ def _rows(vector_ptr, base, t, mask, row: tl.constexpr, T: tl.constexpr, VECTORS
 
 
 @triton.jit
-def coefficient_gradients(
+def _coefficients(
+    chunk, block, batch, chunks,
     dt_ptr, a_ptr, lam_ptr, doc_ptr, vector_ptr, last_ptr, length,
-    ddt_ptr, da_ptr, dlam_ptr, skip_ptr,
+    ddt_ptr, da_ptr, dlam_ptr,
     H: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
     OVERLAP: tl.constexpr, SCORE: tl.constexpr, FLOW: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
     TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of Δ, A and λ, [b, l, h], of a chunk of T positions and HEADS heads, and D's parts, [b, chunks, h].
+    """Gradients of Δ, A and λ, [b, l, h], of a chunk of T positions and HEADS heads.
 
     vectors: [b, h, chunks, VECTORS, T] (gradients.py); last, if HAS_LAST: of the log decay beyond the last token,
     [b, h]. A step of the decay reaches every later position of its chunk, and beyond it what H passes on.
     """
-    chunk = tl.program_id(0)
-    block = tl.program_id(1)
-    batch = tl.program_id(2)
-    chunks = tl.num_programs(0)
     head = block * HEADS + tl.arange(0, HEADS)
     t = chunk * T + tl.arange(0, T)
     mask = (t < length)[:, None] & (head < H)[None, :]
@@ -84,42 +81,43 @@ def coefficient_gradients(
     tl.store(ddt_ptr + at, a * decay + lam * own + (1.0 - lam) * scale_before + turn, mask=mask)
     tl.store(da_ptr + at, dt * decay, mask=mask)
     tl.store(dlam_ptr + at, dt * (own - scale_before), mask=mask)
-    tl.store(skip_ptr + (batch * chunks + chunk) * H + head, tl.sum(overlap, 0), mask=head < H)
 
 
 @triton.jit
-def weight_gradients(
-    bias_ptr, skip_ptr, rows,
+def _weights(
+    head, part, rows, chunks,
+    bias_ptr, vector_ptr,
     b_ptr, c_ptr, d_ptr,
-    H: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    H: tl.constexpr, T: tl.constexpr, VECTORS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B's and C's biases, [h, N], and of D, [h], from parts of so many rows, chunks of sequences.
 
-    biases: [rows, h, 2, N], sums over the heads of a block of BLOCK up to each; skip: [rows, h]. A program has one head
-    and PART columns of one bias.
+    biases: [rows, h, 2, N], sums over the heads of a block of BLOCK up to each. A program has one head and PART columns
+    of both biases side by side, of which its part is one.
     """
-    head = tl.program_id(0)
-    part = tl.program_id(1)
-    which = tl.program_id(2)
     column = part * PART + tl.arange(0, PART)
     is_first = head % BLOCK == 0
     total = tl.zeros((PART,), tl.float32)
-    skips = tl.zeros((ROWS,), tl.float32)
+    overlaps = tl.zeros((T,), tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         here = row < rows
-        at = ((row * H + head) * 2 + which) * N
+        at = (row * H + head) * (2 * N)
         own = tl.load(bias_ptr + at[:, None] + column[None, :], mask=here[:, None], other=0.0)
         mask = (here & (not is_first))[:, None]
         before = tl.load(bias_ptr + at[:, None] - 2 * N + column[None, :], mask=mask, other=0.0)
         total += tl.sum(own - before, 0)
-        skips += tl.load(skip_ptr + row * H + head, mask=here, other=0.0)
-    if which == 0:
-        tl.store(b_ptr + head * N + column, total)
         if part == 0:
-            tl.store(d_ptr + head, tl.sum(skips, 0))
+            number = ((row // chunks * H + head) * chunks + row % chunks).to(tl.int64)
+            place = number[:, None] * (VECTORS * T) + (OVERLAP * T + tl.arange(0, T))[None, :]
+            overlaps += tl.sum(tl.load(vector_ptr + place, mask=here[:, None], other=0.0), 0)
+    if part == 0:
+        tl.store(d_ptr + head, tl.sum(overlaps, 0))
+    if part < N // PART:
+        tl.store(b_ptr + head * N + column, total)
     else:
-        tl.store(c_ptr + head * N + column, total)
+        tl.store(c_ptr + head * N - N + column, total)
 
 
 @triton.jit
@@ -131,8 +129,9 @@ def _sum(ptr, first, size, at, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def sum_blocks(
-    b_ptr, c_ptr, omega_ptr, rows,
+def _blocks(
+    number, group, rows,
+    b_ptr, c_ptr, omega_ptr,
     sum_b_ptr, sum_c_ptr, sum_omega_ptr,
     G: tl.constexpr, PER: tl.constexpr, N: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -140,8 +139,7 @@ def sum_blocks(
 
     ω: [G · PER, rows, S] → [rows, S]. A program has ROWS rows, by which their number can be divided, of one group.
     """
-    group = tl.program_id(1)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (number * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, N)[None, :]
     to = (row * G + group) * N + column
     db = _sum(b_ptr, group * PER, rows * N, row * N + column, PER)
@@ -151,3 +149,38 @@ def sum_blocks(
     if group == 0:
         at = row * S + tl.arange(0, S)[None, :]
         tl.store(sum_omega_ptr + at, _sum(omega_ptr, 0, rows * S, at, G * PER))
+
+
+@triton.jit
+def finish(
+    dt_ptr, a_ptr, lam_ptr, doc_ptr, vector_ptr, last_ptr, bias_ptr, b_ptr, c_ptr, omega_ptr,
+    length, chunks, batches,
+    ddt_ptr, da_ptr, dlam_ptr, b_bias_ptr, c_bias_ptr, d_ptr, sum_b_ptr, sum_c_ptr, sum_omega_ptr,
+    H: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
+    OVERLAP: tl.constexpr, SCORE: tl.constexpr, FLOW: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, S: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLUMNS: tl.constexpr,
+    G: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """All of it: programs for weights, which take longest, then for coefficients, then for sums over blocks, if any."""
+    number = tl.program_id(0)
+    parts: tl.constexpr = 2 * N // BIAS_COLUMNS
+    blocks: tl.constexpr = (H + HEADS - 1) // HEADS
+    others = number - H * parts
+    if others < 0:
+        _weights(
+            number // parts, number % parts, batches * chunks, chunks, bias_ptr, vector_ptr, b_bias_ptr, c_bias_ptr,
+            d_ptr, H, T, VECTORS, OVERLAP, BLOCK, N, BIAS_ROWS, BIAS_COLUMNS,
+        )  # fmt: skip
+    elif others < chunks * blocks * batches:
+        _coefficients(
+            others % chunks, others // chunks % blocks, others // (chunks * blocks), chunks,
+            dt_ptr, a_ptr, lam_ptr, doc_ptr, vector_ptr, last_ptr, length, ddt_ptr, da_ptr, dlam_ptr,
+            H, T, HEADS, VECTORS, OVERLAP, SCORE, FLOW, QUERY, KEY, TURN, HAS_DOC, HAS_LAST,
+        )  # fmt: skip
+    elif HAS_BLOCKS:
+        others -= chunks * blocks * batches
+        _blocks(
+            others // G, others % G, batches * chunks * T, b_ptr, c_ptr, omega_ptr, sum_b_ptr, sum_c_ptr,
+            sum_omega_ptr, G, PER, N, S, ROWS,
+        )  # fmt: skip

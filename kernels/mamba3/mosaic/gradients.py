@@ -13,18 +13,20 @@ Turned back, dB and dC are added up over the heads of the block, as are dω's pa
 up by the products, and gradients of biases are written as sums over positions of all heads so far. A step of a phase
 turns all that comes later: in the chunk dφ, beyond it H', from which its gradient takes <G, J H'> (cotangents.py).
 
-The warpgroup SCORES rotates B and C, finds weights and dS, and has dC, <H', G> and the sums of dφ. The warpgroup VALUES
-has g, y, dz, dX and dB. They share memory without automatic barriers, and wait for one another at:
+The warpgroup SCORES rotates B and C, finds weights and dS, and has dC and the sums of dφ. The warpgroup VALUES has g,
+y, dz, dX and dB, and, while it waits for weights, <H', G>. They share memory without automatic barriers, and wait for
+one another at:
   free    Both are done with the head before, whose dφ is in `weights`: SCORES writes rotated B and C, cos and sin.
   ready   They are written (SCORES), so are g, in place of dy, and dy silu'(z), in place of z (VALUES).
   mixed   Weights, dS and C_i·B_i are written. SCORES has read g, X and the coefficients.
   scored  SCORES is done with H and rotated B, and has written its part of dφ.
+  flowed  VALUES is done with H', and has written <G, J H'>.
 Before one of these every thread publishes (a fence) what copies or products are to read. Within a warpgroup a thread
 overwrites at once what it alone has read, and after the warpgroup has met what its products have read.
 
 What arrives from global memory has its own barrier. All is asked for a head ahead, as soon as its place is free: x, z,
 dy and coefficients of two heads (VALUES, after `ready`) and G of two heads have places of their own; H' is asked for
-with G once its place, in which SCORES adds up columns after <H', G>, is free; H once both are done with the one before
+with G once its place, in which SCORES adds up columns after `flowed`, is free; H once both are done with the one before
 (VALUES, after `scored`). The three arrive at one barrier: its next phase cannot end before both have seen this one, as
 H comes after VALUES has.
 """
@@ -79,7 +81,7 @@ _PART = 16  # columns
 # query and as a key; the phases' part of Δ's gradient.
 VECTORS = 6
 OVERLAP, SCORE, FLOW, QUERY, KEY, TURN = range(VECTORS)
-_OWN_SCORES, _TURNED_FLOW = 2, 3  # rows of shared memory after the two of phases
+_OWN_SCORES, _TURNED_FLOW = 2, 3  # rows of shared memory after the two of phases; of the latter there are two
 
 
 class Gradients(NamedTuple):
@@ -97,7 +99,7 @@ class Gradients(NamedTuple):
 def gradients(
     x: jax.Array, z: jax.Array | None, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
     b_bias: jax.Array, c_bias: jax.Array, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array,
-    *, block: int, interpret=None,
+    *, block: int, no_first: bool = False, no_last: bool = False, interpret=None,
 ) -> Gradients:  # fmt: skip
     """All gradients of a scan but those that need sums over chunks.
 
@@ -114,6 +116,8 @@ def gradients(
       chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
       chunk_grad: gradient of H after every chunk, likewise.
       block: heads of a program, a divisor of h / g.
+      no_first: whether H before the first chunk is 0 and only there for the first head.
+      no_last: likewise of the gradient of H after the last chunk.
       interpret: parameters of the interpreter, if it is to run the kernel.
     """
     batch, length, heads, _ = x.shape
@@ -126,14 +130,14 @@ def gradients(
          ssm_ref, grad_ref, dx_ref, dz_ref, db_ref, dc_ref, dbias_ref, vector_ref, domega_ref,
          raw, rot, states, both_grad, both_x, both_z, both_g, small, turns, phase,
          both_coefficients, both_starts, both_biases,
-         raw_here, x_here, small_here, states_here, free, ready, mixed, scored) = refs  # fmt: skip
+         raw_here, x_here, small_here, states_here, free, ready, mixed, scored, flowed) = refs  # fmt: skip
         index, block_index, ci = (lax.axis_index(name) for name in _GRID)
         warpgroup = lax.axis_index("warpgroup")
         span = pl.ds(ci * T, T)
 
         rot_b, rot_c, ssm, following = rot.at[0], rot.at[1], states.at[0], states.at[1]
         weights, dscores, rate = (small.at[k] for k in range(3))
-        score, turned_flow = both_starts.at[_OWN_SCORES], both_starts.at[_TURNED_FLOW]
+        score, both_turned_flows = both_starts.at[_OWN_SCORES], both_starts.at[pl.ds(_TURNED_FLOW, 2)]
 
         def at(k):
             """What depends on the head."""
@@ -155,13 +159,17 @@ def gradients(
 
         def get_after(k):
             _, head, _, grad, _ = at(k)
+            of_grad = jnp.where(ci == chunks - 1, 0, head) if no_last else head
             # The last chunk has none following: what comes of it is not used.
-            after = ssm_ref.at[index, head, jnp.minimum(ci + 1, chunks - 1)]
-            for source, target in ((grad_ref.at[index, head, ci], grad), (after, following)):
+            of_after = jnp.int32(0) if no_first and chunks == 1 else head
+            after = ssm_ref.at[index, of_after, jnp.minimum(ci + 1, chunks - 1)]
+            for source, target in ((grad_ref.at[index, of_grad, ci], grad), (after, following)):
                 plgpu.copy_gmem_to_smem(source, target, states_here)
 
         def get_ssm(k):
-            plgpu.copy_gmem_to_smem(ssm_ref.at[index, block_index * block + k, ci], ssm, states_here)
+            _, head, *_ = at(k)
+            of_ssm = jnp.where(ci == 0, 0, head) if no_first else head
+            plgpu.copy_gmem_to_smem(ssm_ref.at[index, of_ssm, ci], ssm, states_here)
 
         def for_next(get, k):
             pl.when(k + 1 < block)(lambda: get(k + 1))
@@ -186,11 +194,12 @@ def gradients(
             chosen = selectors(row, column, simulated)
             omega = widen(load_tile(rate), simulated)
             omega = omega[:, :S] + omega[:, S:]
-            turned_flow[...] = plgpu.layout_cast(jnp.zeros((T,), jnp.float32), WG.reduce(1))
-            has_next = jnp.where(ci + 1 < chunks, jnp.float32(1), jnp.float32(0))
+            for slot in range(2):
+                both_turned_flows[slot] = plgpu.layout_cast(jnp.zeros((T,), jnp.float32), WG.reduce(1))
 
-            def phase_sums(q, k, step, domega):
-                """Adds head k's part to dω, and writes that of Δ: from sums of dφ and from <G, J H'>."""
+            def phase_sums(q, k, slot, step, domega):
+                """Adds head k's part to dω, and writes that of Δ: from sums of dφ and, in its slot, <G, J H'>."""
+                turned_flow = both_turned_flows.at[slot]
                 beyond = load_cols(turned_flow.at[pl.ds(0, S)]) - load_cols(turned_flow.at[pl.ds(S, S)])
                 q = (q[:, :S] + q[:, S:]) + cols(beyond, T)
                 vector_ref[index, block_index * block + k, ci, TURN] = jnp.sum(q * omega, axis=1)
@@ -202,7 +211,7 @@ def gradients(
 
             def one(k, carry):
                 *total, domega = carry
-                slot, head, here, grad, vectors = at(k)
+                slot, head, here, _, vectors = at(k)
                 x_tile, g_tile, biases = both_x.at[slot], both_g.at[slot], both_biases.at[slot]
                 plgpu.barrier_wait(small_here.at[slot])
 
@@ -228,7 +237,7 @@ def gradients(
                 decay = load_rows(here.at[DECAY])
                 mix = jnp.exp2(rows(decay, T) - cols(load_cols(here.at[OTHER]), T))
                 gamma = jnp.exp2(load_rows(here.at[OWN]))
-                domega = phase_sums(settle(q, 1, simulated), before, step, domega)
+                domega = phase_sums(settle(q, 1, simulated), before, 1 - slot, step, domega)
                 meet(simulated)  # no product reads `weights` any more
                 plgpu.barrier_wait(x_here.at[slot])
                 plgpu.barrier_wait(ready)
@@ -249,16 +258,11 @@ def gradients(
                 plgpu.barrier_wait(states_here)
                 dc = product(from_rest(total[1]), scaled, ssm, simulated)
                 dc = product(dc, narrow, rot_b, simulated)
-                flow = product(None, grad.at[:, first], following.at[:, first], simulated, a_t=True)
-                dc = settle(dc, 1, simulated)
+                dc = settle(dc, 0, simulated)
                 stash(phase, _phase(dc, rot_c, simulated), simulated)
                 plgpu.barrier_arrive(scored)
-                flow = settle(flow, 0, simulated)
-                turned_flow[...] = pick(flow, row, column, S, simulated) * has_next
-                flow = product(begin(flow, simulated), grad.at[:, second], following.at[:, second], simulated, a_t=True)
                 total = _with_turned_back(total[0], dc, turns, simulated)
-                vectors[FLOW] = pick(settle(flow, 0, simulated), row, column, 0, simulated)
-                meet(simulated)  # no product reads H' any more
+                plgpu.barrier_wait(flowed)
                 add_up_columns(total, 1, head, following)
                 publish(simulated)
                 meet(simulated)
@@ -270,7 +274,8 @@ def gradients(
             dc_ref[block_index, index, span] = jnp.concatenate(total, axis=1).astype(dc_ref.dtype)
             plgpu.barrier_wait(free)
             q = settle(product(None, anticausal_ones(chosen, simulated), weights, simulated), 0, simulated)
-            domega_ref[block_index, index, span] = phase_sums(q, block - 1, step_of(block - 1), domega)
+            slot = lax.rem(block - 1, 2)
+            domega_ref[block_index, index, span] = phase_sums(q, block - 1, slot, step_of(block - 1), domega)
 
         @pl.when(warpgroup == _VALUES)
         def _():
@@ -313,8 +318,16 @@ def gradients(
 
                 y = product(None, rot_c, ssm, simulated, b_t=True)
                 dx = product(None, rot_b, grad, simulated, b_t=True)
-                y = settle(y, 1, simulated) * rows(decay, P)
-                dx = settle(dx, 0, simulated) * rows(to_end, P)
+                flow = product(None, grad.at[:, first], following.at[:, first], simulated, a_t=True)
+                y = settle(y, 2, simulated) * rows(decay, P)
+                dx = settle(dx, 1, simulated) * rows(to_end, P)
+                flow = settle(flow, 0, simulated)
+                row, column = iotas()
+                has_next = jnp.where(ci + 1 < chunks, jnp.float32(1), jnp.float32(0))
+                both_turned_flows[slot] = pick(flow, row, column, S, simulated) * has_next
+                flow = product(begin(flow, simulated), grad.at[:, second], following.at[:, second], simulated, a_t=True)
+                vectors[FLOW] = pick(settle(flow, 0, simulated), row, column, 0, simulated)
+                plgpu.barrier_arrive(flowed)
                 plgpu.barrier_wait(mixed)
                 y = product(begin(y, simulated), weights, x_tile, simulated)
                 dx = product(begin(dx, simulated), weights, g_tile, simulated, a_t=True)
@@ -372,16 +385,16 @@ def gradients(
             # x, z, dy of two heads; weights, dS, ω
             tile(2, T, P), None if z is None else tile(2, T, P), tile(2, T, P), tile(3, T, T),
             plgpu.SMEM((2, T, S) if simulated else (T, S), jnp.float32), plgpu.SMEM((T, S), jnp.float32),
-            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((4, T), jnp.float32),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((5, T), jnp.float32),
             plgpu.SMEM((2, 2, N), jnp.float32),
             plgpu.Barrier(num_arrivals=3), plgpu.Barrier(num_arrivals=2 + (z is not None), num_barriers=2),
             plgpu.Barrier(num_arrivals=4, num_barriers=2), plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(), plgpu.Barrier(),
+            plgpu.Barrier(), plgpu.Barrier(), plgpu.Barrier(),
         ],
         grid=(batch, blocks, chunks), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, dy, b, c, *prepared, b_bias, c_bias, d, chunk_ssm, chunk_grad)  # fmt: skip
+    )(x, z, dy, b, c, *prepared[:3], b_bias, c_bias, d, chunk_ssm, chunk_grad)  # fmt: skip
     return Gradients(*arrays)
 
 
