@@ -101,7 +101,7 @@ def test_lowers_for_a_gpu(case, segments):
     inputs = Inputs(seq, weights, shape((b, h, P, N), "f4"), shape((b, h, S), "f4"), None)
     prepared = mimo_forward.Prepared(
         shape((b, h, chunks, COEFFICIENTS, span), "f4"), shape((b, chunks * span, 2 * S), "bfloat16"),
-        shape((b, h, chunks, S), "f4"),
+        shape((b, h, chunks, S), "f4"), shape((b, h, chunks), "f4"),
     )  # fmt: skip
     run = jax.jit(functools.partial(mimo_forward.forward_in_segments, segments=segments))
     text = run.trace(inputs, prepared).lower(lowering_platforms=("cuda",)).as_text()

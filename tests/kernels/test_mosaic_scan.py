@@ -15,6 +15,7 @@ from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs
 from m3jax.kernels.mamba3.mosaic import backward, scan
 from m3jax.kernels.mamba3.mosaic.pieces import DECAY, OTHER, OWN, STEP_HIGH, STEP_LOW, TO_END, S, T
+from m3jax.kernels.mamba3.mosaic.segment_states import count_forgotten, count_remembered
 from tests import tolerances
 from tests.kernels import interpreter
 from tests.kernels.mosaic_cases import CASE, LARGE_STEPS, arguments, documents, needs_new_jax, split
@@ -75,11 +76,35 @@ def test_segments_cover_the_sequence(batch, length, heads, positions):
 
 
 @pytest.mark.parametrize(("chunks", "segments", "heads", "groups", "cut"), [
-    (32, 4, 64, 1, (4, 8, 2, 4)), (256, 4, 64, 8, (4, 64, 2, 4)), (6, 2, 2, 1, (2, 4, 2, 2)),
-    (6, 6, 9, 3, (6, 1, 1, 1)), (5, 2, 1, 1, (2, 4, 2, 1)), (1, 1, 6, 3, (1, 1, 1, 2)),
+    (32, 4, 64, 1, (4, 8, 2, 4)), (256, 4, 64, 8, (4, 64, 8, 4)), (26, 2, 2, 1, (2, 15, 3, 2)),
+    (6, 6, 9, 3, (6, 1, 1, 1)), (5, 2, 1, 1, (2, 3, 1, 1)), (1, 1, 6, 3, (1, 1, 1, 2)),
 ])  # fmt: skip
 def test_segments_are_whole_pieces(chunks, segments, heads, groups, cut):
     assert scan.choose_cut(chunks, segments, heads, groups) == cut
+
+
+@pytest.mark.parametrize("decay", [0.1, 3.0, 30.0, 300.0])
+def test_what_is_forgotten_is_left_out(decay):
+    """All that is remembered is looked at by the first pass, and the second reads nothing that is not there."""
+    pieces, span = 3, 20
+
+    def end_of(piece):
+        return (piece + 1) * span - 1
+
+    ends = np.cumsum(-decay * np.random.default_rng(int(decay)).random((2, pieces * span)), axis=1, dtype=np.float32)
+    totals = [jnp.asarray(v) for v in ends]
+    for piece in range(pieces):
+        last = end_of(piece)
+        count = int(count_remembered(totals, span, lambda ref, k, last=last: ref[-1] - ref[last - k], simulated=True))
+        needed = int(np.sum(ends[:, -1:] - ends[:, last - span + 1 : last + 1] > -48, axis=1).max())
+        assert needed <= count <= min(span, needed + 2)
+        if count == 0:
+            for v in totals:
+                assert int(count_forgotten(v, jnp.int32(pieces), pieces, end_of, simulated=True)) > piece
+    for v, exact in zip(totals, ends, strict=True):
+        found = int(count_forgotten(v, jnp.int32(pieces), pieces, end_of, simulated=True))
+        assert found == np.sum(exact[-1] - exact[span - 1 :: span] < -47)
+    assert int(count_forgotten(totals[0], jnp.int32(0), pieces, end_of, simulated=True)) == 0
 
 
 @pytest.mark.parametrize(("batch", "length", "heads", "groups", "block"), [
@@ -106,7 +131,7 @@ def test_prepared_numbers(monkeypatch, case, packed):
     document = documents(case) if packed else np.zeros((case.b, case.l), np.int32)
     inputs = Inputs(*split(args), state.ssm, state.angle, jnp.asarray(document) if packed else None)
     prepared, angle = jax.jit(scan.prepare)(inputs)
-    coefs, rates, starts = (np.asarray(v, np.float64) for v in prepared)
+    coefs, rates, starts, totals = (np.asarray(v, np.float64) for v in prepared)
     padding = -case.l % T
     dt, a, lam, omega = (np.asarray(args[name], np.float64) for name in ("dt", "a", "lam", "omega"))
 
@@ -125,6 +150,8 @@ def test_prepared_numbers(monkeypatch, case, packed):
     tolerances.assert_close(coefs[..., DECAY, :], decay, tolerance, "decay")
     tolerances.assert_close(np.exp2(decay - coefs[..., OTHER, :]), chunked(scale), tolerance * max(1, largest), "s")
     tolerances.assert_close(np.exp2(coefs[..., OWN, :]), chunked(gamma), tolerance, "gamma")
+    whole = tolerances.rounding("float32", case.l)
+    tolerances.assert_close(totals, np.cumsum(decay[..., -1], axis=-1), whole, "totals")
     to_end = np.exp2(decay[..., -1:] - decay) * chunked(scale)
     tolerances.assert_close(coefs[..., TO_END, :], to_end, tolerance * max(1, largest), "to_end", scale=scale.max())
     high, low = coefs[..., STEP_HIGH, :], coefs[..., STEP_LOW, :]
@@ -172,6 +199,7 @@ def test_matches_reference(monkeypatch, case, segments, packed):
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, segments)
+    monkeypatch.setattr(scan, "_LEAST", 1)  # pieces of one chunk
     args, state = arguments(case)
     packing = documents(case) if packed else None
     run = jax.jit(_scan)

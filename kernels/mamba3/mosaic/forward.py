@@ -6,8 +6,8 @@ with bias, rotated to the phase of their position. Per chunk, with H [P, N] in r
     y = 2^L ⊙ (C Hᵀ) + (C Bᵀ ⊙ M) X + D X      M_ij = 2^(L_i - L_j) s_j below the diagonal, γ_i on it
     H ← 2^(L_end) H + (2^(L_end - L) s ⊙ X)ᵀ B
 
-and y ⊙ silu(z) is what is written, or y where there is no gate. A sequence may be cut into segments: `state_pass` finds
-what each adds to H, and `output_pass` begins every segment with the sum of those before.
+and y ⊙ silu(z) is what is written, or y where there is no gate. A sequence may be cut into segments: `state_pass`
+(states.py) finds what each adds to H, and `output_pass` begins every segment with the sum of those before.
 
 Products run on by themselves: a chunk issues C Bᵀ and C Hᵀ together, finds M meanwhile, waits for the first alone, and
 then issues both products that follow from it.
@@ -24,7 +24,6 @@ Shared memory is used without automatic barriers. The warpgroup meets at three p
 Before A and C every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -61,7 +60,7 @@ from .pieces import (
     turning,
     widen,
 )  # fmt: skip
-from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
+from .segment_states import count_forgotten, load_state, no_state, pass_through
 
 
 class Prepared(NamedTuple):
@@ -70,6 +69,7 @@ class Prepared(NamedTuple):
     coefficients: jax.Array  # [b, h, chunks, COEFFICIENTS, T] float32
     rates: jax.Array  # ω in its high and low parts, [b, l, 2S] bfloat16
     starts: jax.Array  # phase before the chunk, [b, h, chunks, S] float32, radians
+    totals: jax.Array  # log2 of the decay from the sequence's start to the chunk's end, [b, h, chunks] float32
 
 
 class Operands(NamedTuple):
@@ -100,6 +100,8 @@ def output_pass(
 ) -> tuple[jax.Array | None, ...]:  # fmt: skip
     """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
 
+    Without `ssm` the first chunk's is 0, and written for the first head only.
+
     Args:
       x: [b, l, h, P] bfloat16, as z; l is a whole number of chunks.
       z: the gate; None = y as it is.
@@ -128,7 +130,7 @@ def output_pass(
         if ssm is not None:
             ssm_ref, *refs = refs
         if segments > 1:
-            added_ref, decay_ref, *refs = refs
+            total_ref, added_ref, decay_ref, *refs = refs
         y_ref, last_ref, *refs = refs
         if save:
             saved_ref, *refs = refs
@@ -166,8 +168,12 @@ def output_pass(
 
         state = no_state() if ssm is None else load_state(ssm_ref.at[index, head])
         if segments > 1:
-            at = (index, head)
-            state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment * pieces, lambda k: k)
+            at, number = (index, head), segment * pieces
+            skipped = count_forgotten(
+                total_ref.at[at], number, (segments - 1) * pieces, lambda k: (k + 1) * (count // pieces) - 1, simulated
+            )
+            state = state * jnp.where(skipped > 0, 0.0, 1.0)
+            state = pass_through(state, added_ref.at[at], decay_ref.at[at], number - skipped, lambda k: k + skipped)
         wide[3] = state.astype(jnp.bfloat16)
         plgpu.barrier_wait(bias_here)
         for bias, narrow in ((bias_b, narrow_b), (bias_c, narrow_c)):
@@ -183,7 +189,8 @@ def output_pass(
             rot, narrow_h = wide.at[2 + zero], wide.at[3 + zero]
             scaled, gate = small.at[3 + zero], small.at[2 + zero]
             if save:
-                plgpu.copy_smem_to_gmem(narrow_h, saved_ref.at[index, head, first + ci])
+                is_saved = True if ssm is not None else (first + ci > 0) | (head == 0)
+                pl.when(is_saved)(lambda: plgpu.copy_smem_to_gmem(narrow_h, saved_ref.at[index, head, first + ci]))
             here, x_tile = both_coefficients.at[slot], small.at[slot]
             row, column = iotas()
             plgpu.barrier_wait(coefficients_here.at[slot])
@@ -268,127 +275,11 @@ def output_pass(
         ],
         grid=(batch, segments, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, b, c, *_by_parts(prepared), b_bias, c_bias, d,
-      *(() if ssm is None else (ssm,)), *(before or ()))  # fmt: skip
+    )(x, z, b, c, *by_parts(prepared), b_bias, c_bias, d,
+      *(() if ssm is None else (ssm,)), *((prepared.totals, *before) if before else ()))  # fmt: skip
 
 
-def state_pass(
-    x: jax.Array, b: jax.Array, prepared: Prepared, b_bias: jax.Array,
-    *, pieces: int, count: int, together: int, interpret=None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """What each piece of the sequence adds to H, [b, h, pieces, P, N], and its decay, [b, h, pieces, N] (all the same).
-
-    A program has `together` heads of one group, each with a warpgroup of its own; they share raw B and ω. Chunks are
-    walked backward, so that H never decays: what decays is X, to the end of the piece.
-
-    Shared memory: all that a warpgroup has for itself is safe by two points where it meets. Before the first, the
-    product of the chunk before is done, so that rotated B and scaled X may change; before the second, they are there,
-    and X and the coefficients have been read. Raw B and ω of a chunk may be replaced when every warpgroup has said so.
-
-    Args:
-      x: as in `output_pass`.
-      b: likewise.
-      prepared: likewise.
-      b_bias: likewise.
-      pieces: how many; the first pieces · count chunks.
-      count: chunks of a piece.
-      together: divides the heads of a group.
-      interpret: as in `output_pass`.
-    """
-    batch, _, heads, _ = x.shape
-    per_group = heads // b.shape[2]
-    simulated = interpret is not None
-
-    def body(*refs):
-        (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, b_bias_ref, added_ref, decay_ref, raw, rates, all_x,
-         all_rot, all_scaled, all_coefficients, all_starts, all_bias, all_narrow, raw_here, raw_read, x_here,
-         coefficients_here, bias_here) = refs  # fmt: skip
-        index, piece, block = (lax.axis_index(name) for name in GRID)
-        mine = lax.axis_index("warpgroup")
-        head = block * together + mine
-        both_x, both_coefficients, both_starts = all_x.at[mine], all_coefficients.at[mine], all_starts.at[mine]
-        rot, scaled, bias_b, narrow_b = all_rot.at[mine], all_scaled.at[mine], all_bias.at[mine], all_narrow.at[mine]
-
-        def chunk_of(step):
-            return (piece + 1) * count - 1 - step
-
-        def get_raw(step, slot):
-            span = pl.ds(chunk_of(step) * T, T)
-            plgpu.copy_gmem_to_smem(b_ref.at[index, span, head // per_group], raw.at[slot], raw_here.at[slot])
-            for part in range(2):
-                plgpu.copy_gmem_to_smem(rate_ref.at[index, span, part], rates.at[slot, part], raw_here.at[slot])
-
-        def get_x(step, slot):
-            ci, here = chunk_of(step), coefficients_here.at[mine, slot]
-            plgpu.copy_gmem_to_smem(coefficient_ref.at[index, head, ci], both_coefficients.at[slot], here)
-            plgpu.copy_gmem_to_smem(start_ref.at[index, head, ci], both_starts.at[slot], here)
-            plgpu.copy_gmem_to_smem(x_ref.at[index, pl.ds(ci * T, T), head], both_x.at[slot], x_here.at[mine, slot])
-
-        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], bias_b, bias_here.at[mine])
-        for step in range(min(count, 2)):
-            pl.when(mine == 0)(functools.partial(get_raw, step, step))
-            get_x(step, step)
-        plgpu.barrier_wait(bias_here.at[mine])
-        narrow_b[...] = load_cols(bias_b.at[0, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
-        plgpu.commit_smem()
-
-        def walk(acc):
-            def chunk(step, log_decay):
-                slot = lax.rem(step, 2)
-                here = both_coefficients.at[slot]
-                row, column = iotas()
-                plgpu.barrier_wait(coefficients_here.at[mine, slot])
-                plgpu.barrier_wait(raw_here.at[slot])
-                cos, sin, _ = turn_apart(
-                    here, both_starts.at[slot], rates.at[slot], row, column, lambda: None, simulated, tight=together > 2
-                )
-                plgpu.barrier_wait(x_here.at[mine, slot])
-                to_end = (load_rows(here.at[TO_END]) * jnp.exp2(log_decay)).astype(jnp.bfloat16)
-                meet(simulated)
-                scaled[...] = load_tile(both_x.at[slot]) * rows(to_end, P)
-                rot[:, pl.ds(HALF, HALF)] = resting(raw.at[slot], narrow_b)
-                rot[:, pl.ds(0, HALF)] = turning(raw.at[slot], bias_b, cos, sin, simulated)
-                log_decay = log_decay + here[DECAY, T - 1]
-                plgpu.commit_smem()
-
-                @pl.when(step + 2 < count)
-                def _():
-                    get_x(step + 2, slot)
-                    plgpu.barrier_arrive(raw_read.at[slot])
-
-                    @pl.when(mine == 0)
-                    def _():
-                        plgpu.barrier_wait(raw_read.at[slot])
-                        get_raw(step + 2, slot)
-
-                plgpu.wgmma(acc, scaled.transpose((1, 0)), rot)
-                return log_decay
-
-            log_decay = lax.fori_loop(0, count, chunk, jnp.float32(0.0))
-            return acc[...], log_decay
-
-        state, log_decay = pl.run_scoped(walk, plgpu.ACC((P, N), jnp.float32))
-        at = (index, head, piece)
-        store_added(added_ref.at[at], decay_ref.at[at], state, log_decay)
-
-    k = together
-    return plgpu.kernel(
-        body,
-        out_type=added_shapes(batch, heads, pieces + 1),
-        scratch_types=[
-            tile(2, T, N), rates_tile(2), tile(k, 2, T, P), tile(k, T, N), tile(k, T, P),
-            plgpu.SMEM((k, 2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((k, 2, S), jnp.float32),
-            plgpu.SMEM((k, 1, N), jnp.float32), plgpu.SMEM((k, HALF), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=3, num_barriers=2), plgpu.Barrier(num_arrivals=k, num_barriers=2),
-            plgpu.Barrier(num_barriers=(k, 2)), plgpu.Barrier(num_arrivals=2, num_barriers=(k, 2)),
-            plgpu.Barrier(num_barriers=k),
-        ],
-        grid=(batch, pieces, heads // together), grid_names=GRID, num_threads=together, thread_name="warpgroup",
-        interpret=interpret, compiler_params=PARAMETERS,
-    )(x, b, *_by_parts(prepared), b_bias)  # fmt: skip
-
-
-def _by_parts(prepared: Prepared) -> Prepared:
-    """The rates' parts apart: [b, l, 2, S]."""
-    rates = prepared.rates
-    return prepared._replace(rates=rates.reshape(*rates.shape[:2], 2, S))
+def by_parts(prepared: Prepared) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What belongs to a chunk alone, the rates' parts apart: [b, l, 2, S]."""
+    coefficients, rates, starts, _ = prepared
+    return coefficients, rates.reshape(*rates.shape[:2], 2, S), starts

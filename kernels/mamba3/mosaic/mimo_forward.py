@@ -43,9 +43,9 @@ from .mimo_states import state_pass
 from .mimo_turning import by_parts, get_rows, in_rows
 from .mimo_weights import mimo_weights, pack
 from .pieces import GRID, PARAMETERS, N, P
-from .segment_states import load_state, no_state, pass_through
+from .segment_states import count_forgotten, load_state, no_state, pass_through
 
-SHARES = 5  # of a segment, each of which a program of the state pass has
+SHARES = 8  # of a segment, each of which a program of the state pass has
 REGISTERS = 176, 80
 
 
@@ -79,14 +79,18 @@ def output_pass(
     per_group, chunks = heads // groups, length // positions(ranks)
     together = 2 - per_group % 2
     most = -(-chunks // segments)
+    share = -(-most // finer)
     simulated = interpret is not None
+
+    def end_of(part):
+        return part // finer * most + jnp.minimum((part % finer + 1) * share, most) - 1
 
     def body(*refs):
         x_ref, z_ref, b_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, d_ref, *refs = refs
         if ssm is not None:
             ssm_ref, *refs = refs
         if segments > 1:
-            added_ref, decay_ref, *refs = refs
+            total_ref, added_ref, decay_ref, *refs = refs
         y_ref, last_ref, *refs = refs
         saved_ref = None
         if save:
@@ -103,8 +107,10 @@ def output_pass(
         def multiplies():
             state = no_state() if ssm is None else load_state(ssm_ref.at[index, head])
             if segments > 1:
-                at = (index, head)
-                state = pass_through(state, added_ref.at[at], decay_ref.at[at], segment * finer, lambda k: k)
+                at, number = (index, head), segment * finer
+                skipped = count_forgotten(total_ref.at[at], number, (segments - 1) * finer, end_of, simulated)
+                state = state * jnp.where(skipped > 0, 0.0, 1.0)
+                state = pass_through(state, added_ref.at[at], decay_ref.at[at], number - skipped, lambda k: k + skipped)
             state = multiply(place, shared, state, x_ref, z_ref, coefficient_ref, mimo_ref, d_ref, y_ref, saved_ref)
 
             @pl.when(segment == segments - 1)
@@ -135,7 +141,7 @@ def output_pass(
     out = [jax.ShapeDtypeStruct(y_shape, x.dtype), jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32)]
     if save:
         out.append(jax.ShapeDtypeStruct((batch, heads, chunks, P, N), jnp.bfloat16))
-    given = [() if ssm is None else (ssm,), before or ()]
+    given = [() if ssm is None else (ssm,), (prepared.totals, *before) if before else ()]
     return plgpu.kernel(
         body,
         out_type=tuple(out),

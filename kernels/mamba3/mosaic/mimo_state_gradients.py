@@ -46,7 +46,7 @@ from .pieces import (
     widen,
 )
 from .pieces import iotas as square_iotas
-from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
+from .segment_states import added_shapes, count_remembered_after, load_state, no_state, pass_through, store_added
 from .wgmma import begin, product, settle
 
 # Rows of what is written per chunk, float32 [N / 2] each: <G, H> by coordinate, summed over both halves of them; and
@@ -95,7 +95,9 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
 
     def body(*refs):
         dy_ref, z_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, *refs = refs
-        if not states_only:
+        if states_only:
+            total_ref, *refs = refs
+        else:
             ssm_ref, *refs = refs
         if last_grad is not None:
             last_ref, *refs = refs
@@ -112,6 +114,8 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
             segment = segment + 1
         first = segment * most
         count = jnp.minimum(most, chunks - first) if chunks % segments else most
+        if states_only:
+            count = jnp.minimum(count, count_remembered_after(total_ref.at[index, head], first, most, simulated))
 
         def get_early(back):
             ci = first + count - 1 - back
@@ -197,7 +201,7 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
         shape((batch, heads, chunks, P, N), jnp.bfloat16), shape((batch, heads, chunks, FLOWS, HALF), f32),
         shape((batch, heads, P, N), f32),
     )  # fmt: skip
-    given = [() if states_only else (chunk_ssm,), () if last_grad is None else (last_grad,), after]
+    given = [(prepared.totals if states_only else chunk_ssm,), () if last_grad is None else (last_grad,), after]
     return plgpu.kernel(
         body,
         out_type=added_shapes(batch, heads, segments) if states_only else out,

@@ -38,7 +38,7 @@ from .pieces import (
     rows,
     tile,
 )
-from .segment_states import added_shapes, no_state, store_added
+from .segment_states import added_shapes, count_remembered, no_state, store_added
 from .wgmma import begin, product, settle
 
 
@@ -62,7 +62,7 @@ def state_pass(
     simulated = interpret is not None
 
     def body(*refs):
-        (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, added_ref, decay_ref,
+        (x_ref, b_ref, coefficient_ref, rate_ref, start_ref, total_ref, weight_ref, mimo_ref, added_ref, decay_ref,
          raw, all_rotated, all_x, all_rates, all_turns, all_here, all_start,
          early_here, b_here, b_free) = refs  # fmt: skip
         index, place, program = (lax.axis_index(name) for name in GRID)
@@ -71,6 +71,13 @@ def state_pass(
         within = lax.rem(place, finer)
         first = (place // finer) * most + within * share
         count = jnp.minimum(share, most - within * share)
+        heads_here = [total_ref.at[index, program * together + k] for k in range(together)]
+        end, last = (place // finer + 1) * most - 1, first + count - 1
+        remembered = count_remembered(
+            heads_here, share, lambda ref, k: ref[end] - ref[jnp.maximum(last - k, 0)], simulated
+        )
+        remembered = jnp.minimum(count, remembered)
+        first, count = first + count - remembered, remembered
 
         def get_early(ci):
             at, barrier = (index, head, first + ci), early_here.at[own]
@@ -83,11 +90,11 @@ def state_pass(
             chunk, slot = index * chunks + first + ci, lax.rem(ci, 2)
             get_rows(b_ref, chunk, head // per_group, raw.at[slot], b_here.at[slot], ranks, simulated)
 
-        get_early(0)
+        pl.when(count > 0)(lambda: get_early(0))
 
         @pl.when(own == 0)
         def _():
-            get_b(0)
+            pl.when(count > 0)(lambda: get_b(0))
             pl.when(count > 1)(lambda: get_b(1))
 
         of_x = [load_rows(mimo_ref.at[head, MIMO_X, rank]).astype(jnp.bfloat16) for rank in range(ranks)]
@@ -130,7 +137,7 @@ def state_pass(
 
         state, log_decay = lax.fori_loop(0, count, chunk, (no_state(), jnp.float32(0.0)))
         at = (index, head, place)
-        store_added(added_ref.at[at], decay_ref.at[at], state, log_decay)
+        pl.when(count > 0)(lambda: store_added(added_ref.at[at], decay_ref.at[at], state, log_decay))
 
     barriers = functools.partial(plgpu.Barrier, num_barriers=together)
     return plgpu.kernel(
@@ -145,4 +152,4 @@ def state_pass(
         ],
         grid=(batch, (segments - 1) * finer, heads // together), grid_names=GRID, num_threads=together,
         thread_name="warpgroup", interpret=interpret, compiler_params=PARAMETERS,
-    )(x, in_rows(b, simulated), *by_parts(prepared), weights, mimo)  # fmt: skip
+    )(x, in_rows(b, simulated), *by_parts(prepared), prepared.totals, weights, mimo)  # fmt: skip

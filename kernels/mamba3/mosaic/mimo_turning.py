@@ -21,10 +21,10 @@ def rates_of_chunk(ranks: int, *shape: int) -> plgpu.SMEM:
     return plgpu.SMEM((*shape, 2, positions(ranks), S), jnp.bfloat16, transforms=transforms)
 
 
-def by_parts(prepared: Prepared) -> Prepared:
-    """The rates' parts apart: [b, l, 2, S]."""
-    rates = prepared.rates
-    return prepared._replace(rates=rates.reshape(*rates.shape[:2], 2, S))
+def by_parts(prepared: Prepared) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What belongs to a chunk alone, the rates' parts apart: [b, l, 2, S]."""
+    coefficients, rates, starts, _ = prepared
+    return coefficients, rates.reshape(*rates.shape[:2], 2, S), starts
 
 
 def get_rates(ref, index, chunk, to, barrier) -> None:

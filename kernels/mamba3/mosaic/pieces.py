@@ -298,6 +298,20 @@ def opaque_zero(simulated: bool) -> jax.Array:
     return inline()
 
 
+def uniform(v: jax.Array, simulated: bool) -> jax.Array:
+    """An int32 that is the same in all threads, which the compiler does not know of what was loaded."""
+    if simulated:
+        return v
+    out = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,), return_type=out)
+    def inline(ctx, v):
+        first = nvvm.shfl_sync(_int(-1), v.registers.flat[0], _int(0), _int(31), nvvm.ShflKind.idx)
+        return mgpu.FragmentedArray.splat(first, shape=(), is_signed=True)
+
+    return inline(v)
+
+
 def _int(value: int) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
     return arith.constant(i32, ir.IntegerAttr.get(i32, value))

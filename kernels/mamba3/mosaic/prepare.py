@@ -117,20 +117,25 @@ def coefficients(
 
 @triton.jit
 def phases(
-    angle_ptr, step_ptr, chunks,
-    start_ptr, last_ptr,
-    H: tl.constexpr, S: tl.constexpr, MANY: tl.constexpr, HAS_ANGLE: tl.constexpr,
+    angle_ptr, step_ptr, coefficient_ptr, chunks,
+    start_ptr, last_ptr, total_ptr,
+    H: tl.constexpr, S: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, MANY: tl.constexpr, PART: tl.constexpr,
+    HAS_ANGLE: tl.constexpr,
 ):  # fmt: skip
-    """The phase before every chunk, [b, h, chunks, S] in [-π, π), and after the last, [b, h, S] in [0, 2π).
+    """Sums over chunks: of phases and of decays.
 
-    A program has one head and walks MANY chunks at a time. angle is the phase before the first, [b, h, S], or 0.
+    The phase before every chunk, [b, h, chunks, S] in [-π, π), and after the last, [b, h, S] in [0, 2π); log2 of the
+    decay from the sequence's start to every chunk's end, [b, h, chunks], from what `coefficients` left. A program has
+    PART angles of one head and walks MANY chunks at a time. angle is the phase before the first, [b, h, S], or 0.
     """
     head = tl.program_id(0)
     batch = tl.program_id(1)
     row_head = batch * H + head
-    column = tl.arange(0, S)
+    part = tl.program_id(2)
+    column = part * PART + tl.arange(0, PART)
     number = tl.arange(0, MANY)
-    phase = tl.zeros((S,), tl.int32)
+    phase = tl.zeros((PART,), tl.int32)
+    total = 0.0
     if HAS_ANGLE:
         phase = _turns(tl.load(angle_ptr + row_head * S + column))
     for first in range(0, chunks, MANY):
@@ -140,6 +145,12 @@ def phases(
         before = phase[None, :] + tl.cumsum(steps, 0) - steps
         tl.store(start_ptr + at, before.to(tl.float32) * (_TWO_PI / _TURN), mask=mask)
         phase += tl.sum(steps, 0)
+        if part == 0:
+            here = first + number < chunks
+            chunk = row_head * chunks + first + number
+            decay = tl.load(coefficient_ptr + chunk.to(tl.int64) * (ROWS * T) + T - 1, mask=here, other=0.0)
+            tl.store(total_ptr + chunk, total + tl.cumsum(decay, 0), mask=here)
+            total += tl.sum(decay, 0)
     angle = phase.to(tl.float32) * (_TWO_PI / _TURN)
     angle = tl.where(phase < 0, angle + _TWO_PI, angle)
     angle = tl.where(angle >= _TWO_PI, 0.0, angle)  # a tiny negative number plus 2π rounds to 2π

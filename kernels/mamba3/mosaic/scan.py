@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import triton
 from jax.ad_checkpoint import checkpoint_name
 
 from ...documents import number_documents
@@ -21,19 +22,22 @@ from ..readout import without_readout
 from ..state import Mamba3State
 from ..triton.readout import read_rows
 from . import backward, mimo_backward, mimo_forward
-from .forward import Operands, Prepared, in_chunks, output_pass, state_pass
+from .forward import Operands, Prepared, in_chunks, output_pass
 from .mimo_pieces import positions
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
+from .states import state_pass
 from .widths import narrowed, widened
 
 _LEAST_JAX = (0, 11)
 _CAPABILITY = "9.0"
 _PROGRAMS = 264  # two to each multiprocessor of a large Hopper GPU
-# Of the kernels in prepare.py: heads of a program, its warps, positions whose steps are added in float32, chunks of a
-# tile of their sums.
-_HEADS, _WARPS, _PART, _CHUNKS = 8, 4, 8, 256
-_PIECES, _TOGETHER = 2, 4  # of a segment in `state_pass`; heads of a program there, at most
+# Of the kernels in prepare.py: heads of a program, its warps, positions whose steps are added in float32; at most so
+# many chunks of a tile of their sums, and so many angles.
+_HEADS, _WARPS, _PART, _CHUNKS, _ANGLES = 8, 4, 8, 256, 8
+# In `state_pass`: pieces of a segment, at most; chunks of a piece, at least, where a segment has them; heads of a
+# program, at most.
+_PIECES, _LEAST, _TOGETHER = 8, 4, 4
 _OPERANDS = ("x", "b", "c", "z")
 _POSITIONS = {1: T, 2: positions(2), 4: positions(4)}  # of a chunk, by rank
 _MAX_ELEMENTS = 2**31  # of an input or of H: offsets are int32
@@ -207,7 +211,7 @@ def _siso_forward(
     before = None
     if cut.segments > 1:
         before = state_pass(
-            x, b, prepared, b_bias, pieces=(cut.segments - 1) * cut.pieces, count=cut.count // cut.pieces,
+            x, b, prepared, b_bias, segments=cut.segments, pieces=cut.pieces, count=cut.count // cut.pieces,
             together=cut.together, interpret=interpret,
         )  # fmt: skip
     y, *states = output_pass(
@@ -229,7 +233,7 @@ class Cut(NamedTuple):
 def choose_cut(chunks: int, segments: int, heads: int, groups: int) -> Cut:
     """Of a sequence of so many chunks into about as many segments, of which all but the last are whole pieces."""
     most = math.ceil(chunks / segments)
-    pieces = min(_PIECES, most)
+    pieces = max(1, min(_PIECES, most // _LEAST))
     count = math.ceil(most / pieces) * pieces
     return Cut(math.ceil(chunks / count), count, pieces, math.gcd(heads // groups, _TOGETHER))
 
@@ -280,9 +284,10 @@ def prepare(inputs: Inputs) -> tuple[Prepared, jax.Array]:
         {"H": heads, "S": S, "T": span, "HEADS": _HEADS, "ROWS": COEFFICIENTS, "PART": _PART,
          "HAS_DOC": inputs.document is not None},
     )  # fmt: skip
-    starts, angle = launch(
-        phases, [jnp.zeros((1,)) if inputs.phase is None else inputs.phase, steps], {"chunks": chunks},
-        [shape(heads, chunks, S), shape(heads, S)], (heads, batch, 1), 4,
-        {"H": heads, "S": S, "MANY": _CHUNKS, "HAS_ANGLE": inputs.phase is not None},
+    starts, angle, totals = launch(
+        phases, [jnp.zeros((1,)) if inputs.phase is None else inputs.phase, steps, coefs], {"chunks": chunks},
+        [shape(heads, chunks, S), shape(heads, S), shape(heads, chunks)], (heads, batch, S // _ANGLES), _WARPS,
+        {"H": heads, "S": S, "T": span, "ROWS": COEFFICIENTS, "MANY": min(_CHUNKS, triton.next_power_of_2(chunks)),
+         "PART": _ANGLES, "HAS_ANGLE": inputs.phase is not None},
     )  # fmt: skip
-    return Prepared(coefs, rates, starts), angle
+    return Prepared(coefs, rates, starts, totals), angle

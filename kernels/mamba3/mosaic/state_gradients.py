@@ -43,7 +43,7 @@ from .pieces import (
     turning,
     widen,
 )
-from .segment_states import added_shapes, load_state, no_state, pass_through, store_added
+from .segment_states import added_shapes, count_remembered_after, load_state, no_state, pass_through, store_added
 
 
 def state_gradients(
@@ -58,7 +58,8 @@ def state_gradients(
       c: C, [b, l, g, N] bfloat16.
       prepared: from prepare.py.
       c_bias: [h, 1, N] float32.
-      last_grad: gradient of H after the last token, [b, h, P, N] float32; None = zeros.
+      last_grad: gradient of H after the last token, [b, h, P, N] float32; None = zeros, and the gradient after the
+        last chunk is written for the first head only.
       segments: of the sequence; all but the last have equally many chunks.
       first: whether the latter is wanted.
       interpret: parameters of the interpreter, if it is to run the kernels.
@@ -83,7 +84,10 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
     simulated = interpret is not None
 
     def body(*refs):
-        dy_ref, z_ref, c_ref, coefficient_ref, rate_ref, start_ref, c_bias_ref, *refs = refs
+        dy_ref, z_ref, c_ref, coefficient_ref, rate_ref, start_ref, *refs = refs
+        if states_only:
+            total_ref, *refs = refs
+        c_bias_ref, *refs = refs
         if last_grad is not None:
             last_ref, *refs = refs
         if after:
@@ -96,6 +100,8 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
             segment = segment + 1
         first = segment * most
         count = jnp.minimum(most, chunks - first) if chunks % segments else most
+        if states_only:
+            count = jnp.minimum(count, count_remembered_after(total_ref.at[index, head], first, most, simulated))
 
         def span(back):
             return pl.ds((first + count - 1 - back) * T, T)
@@ -147,7 +153,9 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
             end = here[DECAY, T - 1]
             plgpu.commit_smem()  # A
             if not states_only:
-                plgpu.copy_smem_to_gmem(narrow, grads_ref.at[index, head, first + count - 1 - back])
+                ci = first + count - 1 - back
+                is_needed = True if last_grad is not None else (ci < chunks - 1) | (head == 0)
+                pl.when(is_needed)(lambda: plgpu.copy_smem_to_gmem(narrow, grads_ref.at[index, head, ci]))
             pl.when(back + 1 < count)(lambda: get_raw(back + 1))
             pl.when(back + 2 < count)(lambda: get_slot(back + 2, slot))
 
@@ -189,4 +197,5 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
         ],
         grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(dy, z, c, *prepared, c_bias, *(() if last_grad is None else (last_grad,)), *after)  # fmt: skip
+    )(dy, z, c, *(prepared if states_only else prepared[:3]), c_bias,
+      *(() if last_grad is None else (last_grad,)), *after)  # fmt: skip
