@@ -25,8 +25,10 @@ CASES = [
     (dataclasses.replace(CASE, l=5 * T), 3, False),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8), 2, True),
     (dataclasses.replace(CASE, l=T + 1, log_dt=(1, 3), log_decay=(2, 6)), 1, False),
+    # Of three chunks of a segment, two count for the next.
+    (dataclasses.replace(CASE, l=6 * T, log_dt=(-3, -1), log_decay=(0, 1)), 2, False),
 ]
-NAMES = ["groups", "segments", "documents", "strong_decay"]
+NAMES = ["groups", "segments", "documents", "strong_decay", "forgotten"]
 
 
 def _setup(monkeypatch, case: Case, segments: int, packed: bool):
@@ -123,7 +125,7 @@ def test_state_gradients_match_those_by_hand(monkeypatch, case, segments, packed
     (dataclasses.replace(CASE, l=3 * T, h=1), 3, False),
     (dataclasses.replace(CASE, b=2, l=3 * T + 8, h=1), 2, True),
     (dataclasses.replace(CASE, l=1), 1, False),
-    CASES[-1],
+    CASES[3],
     (dataclasses.replace(CASE, l=T + 9, norm=True), 2, False),
     (dataclasses.replace(CASE, l=T + 9, h=1, bare=True), 1, True),
     (dataclasses.replace(CASE, l=T + 9, h=1, n=50, s=7), 1, True),

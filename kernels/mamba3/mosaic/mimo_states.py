@@ -48,6 +48,9 @@ def state_pass(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Of every `finer` part of each segment but the last: what it adds to H, and its decay (N times the same).
 
+    What is forgotten at a segment's end (segment_states.py) is left out, and of parts that are forgotten as a whole
+    nothing is written.
+
     Shapes [b, h, (segments - 1) finer, P, N] and [.., N]; arguments as in `mimo_forward.output_pass`, where no part may
     be empty. Every warpgroup has a head of its own; four in a program are a way to have no more than 128 registers a
     thread.
