@@ -1,7 +1,5 @@
 """The Mosaic GPU MIMO backward: its kernels, and what is left to JAX."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,23 +10,30 @@ from .backward import choose_block, choose_count
 from .forward import Prepared
 from .mimo_forward import Operands
 from .mimo_gradients import Gradients, gradients
-from .mimo_head_gradients import ALONG, KEYS, OF_O, OF_X, OF_Z, OVERLAP, QUERIES, SAME, TURN
+from .mimo_head_gradients import (
+    ALONG,
+    FLOW,
+    KEYS,
+    OF_O,
+    OF_X,
+    OF_Z,
+    OVERLAP,
+    QUERIES,
+    SAME,
+    THROUGH,
+    TURN,
+    TURNED_FLOW,
+    WITHIN,
+)
 from .mimo_pieces import positions
-from .mimo_state_gradients import FLOW, TURNED_FLOW, state_gradients
-from .pieces import DECAY, OTHER, N, S
-
-
-class Found(NamedTuple):
-    """What the kernels write."""
-
-    gradients: Gradients
-    flows: jax.Array  # [b, h, chunks, FLOWS, N / 2] float32
+from .mimo_state_gradients import state_gradients
+from .pieces import DECAY, OTHER, OWN, N, S
 
 
 def kernels(
     given: Operands, prepared: Prepared, chunk_ssm: jax.Array, dy: jax.Array, dssm: jax.Array | None,
     *, segments: int, interpret=None,
-) -> tuple[Found, jax.Array]:  # fmt: skip
+) -> tuple[Gradients, jax.Array]:  # fmt: skip
     """Parts of all gradients, and the whole one of H before the first token, [b, h, P, N] float32.
 
     Args:
@@ -42,32 +47,29 @@ def kernels(
     """
     x, z, b, c, weights, d = given
     batch, length, heads, _ = x.shape
-    chunk_grad, flows, first_grad = state_gradients(
-        dy, z, c, prepared, weights, chunk_ssm, dssm, segments=segments, interpret=interpret
-    )
+    chunk_grad, first_grad = state_gradients(dy, z, c, prepared, weights, dssm, segments=segments, interpret=interpret)
     ranks = c.shape[2]
     block = choose_block(batch, length * ranks, heads, b.shape[3])  # of rows, as many to a chunk as there
     count = choose_count(batch * length // positions(ranks) * (heads // block))
     found = gradients(
         x, z, dy, b, c, prepared, weights, d, chunk_ssm, chunk_grad, block=block, count=count, interpret=interpret
     )
-    return Found(found, flows), first_grad
+    return found, first_grad
 
 
 def parts(
-    inputs: Inputs, prepared: Prepared, found: Found, first_grad: jax.Array,
+    inputs: Inputs, prepared: Prepared, found: Gradients, first_grad: jax.Array,
     ssm: jax.Array | None, dssm: jax.Array | None,
 ) -> Parts:  # fmt: skip
     """What `cotangents.combine` makes gradients of. `ssm`: H after the last token, needed with its gradient `dssm`."""
     batch, length, heads, _ = inputs.seq.x.shape
     ranks, weights = inputs.seq.b.shape[2], inputs.weights
     span, pairs = positions(ranks), ranks // 2
-    found, flows = found
-    # [b, h, chunks, sides, kinds, T]
+    # [b, h, chunks, kinds, T]
     vectors = found.vectors.reshape(*found.vectors.shape[:-1], pairs, span).sum(axis=-2)
 
-    def vector(side: int, row: int) -> jax.Array:  # [b, h, chunks, T]
-        return vectors[:, :, :, side, row]
+    def vector(row: int) -> jax.Array:  # [b, h, chunks, T]
+        return vectors[:, :, :, row]
 
     def whole(v: jax.Array) -> jax.Array:
         return v.reshape(batch, heads, -1)[:, :, :length]
@@ -81,12 +83,18 @@ def parts(
         return jnp.swapaxes(v.sum(axis=0).reshape(heads, -1, v.shape[-1])[..., :ranks], 1, 2)
 
     later = np.tri(span, dtype=np.float32)  # a step of the decay reaches every later position
-    along = vector(QUERIES, ALONG) - vector(KEYS, ALONG)
+    # Which no step of the decay scales: it is in ALONG, but not in WITHIN.
+    own, same = prepared.coefficients[:, :, :, OWN], vector(SAME)
+    of_keys = vector(THROUGH) + vector(WITHIN)
+    along = vector(ALONG) - same * jnp.exp2(own) - of_keys
     decay = jnp.einsum("bhmt,ts->bhms", along, later, precision=jax.lax.Precision.HIGHEST)
     log_scale = prepared.coefficients[:, :, :, DECAY] - prepared.coefficients[:, :, :, OTHER]
-    turned = flows[:, :, :, TURNED_FLOW]
-    decay_flow, phase_flows = flows[:, :, :, FLOW].sum(axis=-1), turned[..., S:] - turned[..., :S]
-    # The kernel saw no H after the last chunk.
+    # Of H after a chunk: of what was before, and of what the chunk's keys have added.
+    passing = jnp.exp2(prepared.coefficients[:, :, :, DECAY, -1])
+    turned = found.flows[:, :, :, TURNED_FLOW]
+    decay_flow = passing * found.flows[:, :, :, FLOW].sum(axis=-1) + vector(THROUGH).sum(axis=-1)
+    phase_flows = passing[..., None] * (turned[..., S:] - turned[..., :S]) + found.turned
+    # H after the last chunk is known as it stands.
     last_decay = jnp.zeros_like(decay_flow[:, :, :1])
     last_phase = jnp.zeros_like(phase_flows[:, :, :1])
     if dssm is not None:
@@ -98,7 +106,7 @@ def parts(
         "mimo_x": of_weight(found.mimo[:, :, OF_X]),
         "mimo_z": of_weight(found.mimo[:, :, OF_Z]),
         "mimo_o": of_weight(found.mimo[:, :, OF_O]),
-        "d": vector(KEYS, OVERLAP).sum(axis=(0, 2, 3)),
+        "d": vector(OVERLAP).sum(axis=(0, 2, 3)),
         "norm_weight": None,
     }
     of_weights = {name: None if getattr(weights, name) is None else v for name, v in of_weights.items()}
@@ -109,9 +117,9 @@ def parts(
         c=down(QUERIES),
         weights=Weights(**of_weights),
         decay=whole(decay),
-        scale=whole(vector(KEYS, ALONG) * jnp.exp2(-log_scale)),
-        gamma=whole(vector(QUERIES, SAME)),
-        turn=whole(vector(QUERIES, TURN) + vector(KEYS, TURN)),
+        scale=whole(of_keys * jnp.exp2(-log_scale)),
+        gamma=whole(same),
+        turn=whole(vector(TURN[QUERIES]) + vector(TURN[KEYS])),
         omega=found.omega.sum(axis=1)[:, :, :length],
         decay_flow=jnp.concatenate([decay_flow[:, :, :-1], last_decay], axis=2),
         phase_flow=jnp.concatenate([phase_flows[:, :, :-1], last_phase], axis=2),

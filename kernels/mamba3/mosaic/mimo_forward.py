@@ -41,7 +41,7 @@ from .mimo_output import Place, Shared, multiply, rotate_ahead
 from .mimo_pieces import ROWS, positions
 from .mimo_states import state_pass
 from .mimo_turning import by_parts, get_rows, in_rows
-from .mimo_weights import mimo_weights, pack
+from .mimo_weights import Packed, pack
 from .pieces import GRID, PARAMETERS, N, P
 from .segment_states import count_forgotten, load_state, no_state, pass_through
 
@@ -50,8 +50,8 @@ REGISTERS = 176, 80
 
 
 def output_pass(
-    x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared, weights: jax.Array,
-    mimo: jax.Array, d: jax.Array, ssm: jax.Array | None, before: tuple[jax.Array, jax.Array] | None, *,
+    x: jax.Array, z: jax.Array | None, b: jax.Array, c: jax.Array, prepared: Prepared, weights: Packed,
+    d: jax.Array, ssm: jax.Array | None, before: tuple[jax.Array, jax.Array] | None, *,
     segments: int, finer: int = 1, save: bool = False, interpret=None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
@@ -65,7 +65,6 @@ def output_pass(
       c: C likewise.
       prepared: from prepare.py, for chunks of 64 / r positions.
       weights: from `mimo_weights.pack`.
-      mimo: from `mimo_weights.mimo_weights`.
       d: [h] float32.
       ssm: H before the first token, [b, h, P, N] float32; None = zeros.
       before: what `state_pass` returns, if there are several segments.
@@ -148,7 +147,7 @@ def output_pass(
         scratch_types=Shared.types(ranks, together, gated=z is not None, save=save),
         grid=(batch, segments, heads // together), grid_names=GRID, num_threads=2 * together, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, in_rows(b, simulated), in_rows(c, simulated), *by_parts(prepared), weights, mimo, d,
+    )(x, z, in_rows(b, simulated), in_rows(c, simulated), *by_parts(prepared), *weights, d,
       *sum(map(tuple, given), ()))  # fmt: skip
 
 
@@ -159,7 +158,7 @@ class Operands(NamedTuple):
     z: jax.Array | None
     b: jax.Array  # [b, l, r, g, N] bfloat16, as c
     c: jax.Array
-    weights: jax.Array  # from `mimo_weights.pack`
+    weights: Packed
     d: jax.Array  # [h] float32
 
 
@@ -191,7 +190,6 @@ def forward_in_segments(
     most = -(-x.shape[1] // positions(b.shape[2]) // segments)
     finer = -(-most // -(-most // SHARES))
     how = {"segments": segments, "finer": finer, "interpret": interpret}
-    mimo = mimo_weights(packed)
-    before = state_pass(x, b, prepared, packed, mimo, **how) if segments > 1 else None
-    y, *states = output_pass(x, z, b, c, prepared, packed, mimo, d, inputs.ssm, before, save=save, **how)
+    before = state_pass(x, b, prepared, packed, **how) if segments > 1 else None
+    y, *states = output_pass(x, z, b, c, prepared, packed, d, inputs.ssm, before, save=save, **how)
     return y if z is None else y[:, : inputs.seq.x.shape[1]], *states

@@ -1,4 +1,4 @@
-"""Hopper kernel of the MIMO backward scan's gradients: chunks in parallel, one warpgroup for queries and one for keys.
+"""Hopper kernel of the MIMO backward scan's gradients: chunks in parallel; a side of queries, one of keys, one of rows.
 
 Notation as in mimo_forward.py; H enters the chunk, G is the gradient of H after it. With g_r = dy ⊙ mimo_o_r ⊙ silu(z ⊙
 mimo_z_r) and w_j = 2^(L_end - L_j) s_j, sums over q being over ranks:
@@ -6,22 +6,26 @@ mimo_z_r) and w_j = 2^(L_end - L_j) s_j, sums over q being over ranks:
     y_r = 2^L ⊙ (C_r Hᵀ) + Σ_q (C_r B_qᵀ ⊙ M) X_q + D X_r       dX_r = w ⊙ (B_r Gᵀ) + Σ_q (B_r C_qᵀ ⊙ Mᵀ) g_q + D g_r
     dC_r = (2^L ⊙ g_r) H + Σ_q (g_r X_qᵀ ⊙ M) B_q                dB_r = (w ⊙ X_r) G + Σ_q (X_r g_qᵀ ⊙ Mᵀ) C_q
 
-The right column is the left one with queries and keys exchanged: the same code is either, its `own` rows being C, g and
-H, or B, X and G. It finds its own scores, as waiting for the other's would cost more. Of y it makes the gradients of z,
-mimo_z and mimo_o, of dX those of x and mimo_x. Without gate g is given, as rows, and y has no gradients to make.
+The warpgroup of queries has the left column, that of keys the right one. The third works a head ahead of them: it makes
+rotated C and B, X and g of all ranks, and products of rows with rows, times M and with D on the diagonal, which both
+others read (mimo_ahead.py). y and dX are found transposed, [P, rows], as in the forward: a thread has all ranks of its
+positions in two rows of P. Of y the gradients of z, mimo_z and mimo_o are made, of dX those of x and mimo_x. Without
+gate g is given, as rows, and y has no gradients to make.
+
+What passes a chunk's end is <G, H'> by coordinate, with H' after the chunk. It is found without H': of <G, H> and of
+the part of dB that comes through G.
 
 A program has a few chunks, one after another, and walks a block of heads in each. Gradients of B and C, turned back,
-are added up over these heads, as are dω's parts. Gradients of weights are sums over positions: products with ones of
-what is staged for them, which are added up over the program's chunks in global memory.
+are added up over these heads, as are dω's parts. Gradients of weights are sums over positions, which are added up over
+the program's chunks in global memory.
 
-Shared memory is used without automatic barriers. Both warpgroups wait at:
-  free    Both are done with what the other has written for the head before, and with what had arrived for it: it may
-          change, and what the next head needs may arrive where that was, once dz or dx have left. Where a chunk begins,
-          once more: both are done with the chunk before, so its B, C and ω may arrive.
-  ready   Rotated rows, X and g of all ranks are written.
-and that of the queries at `turned`, for cos and sin, which that of the keys finds.
-A warpgroup meets where it has staged something for products, and before it stages more. Before any of these every
-thread publishes (a fence) what copies or products are to read. What arrives from global memory has its own barrier.
+Shared memory is used without automatic barriers. Rows, X, g and their products have two slots, for two heads (at 2
+ranks the products have one). What arrives has its own barrier; every thread arrives at the others:
+  full   What the third warpgroup makes of a head is there, in one of the slots.
+  empty  Both sides are done with a slot, and dz and dx have left, if a later head waits for it.
+  used   Both sides have found dC and dB: rows, products, H and G may change, dz and dx may leave.
+A warpgroup meets where it has staged something for its own products. Before any of these every thread publishes (a
+fence) what copies or products are to read.
 """
 
 import functools
@@ -35,12 +39,33 @@ import numpy as np
 from jax import lax
 
 from .forward import Prepared
-from .mimo_head_gradients import KEYS, QUERIES, SIDES, VECTORS, Shared, Written, one_head
-from .mimo_pieces import HALF_ROWS, POS, RANKS, ROWS, add_counted, positions, split, unspread
+from .mimo_ahead import Asks, make_rows
+from .mimo_head_gradients import (
+    EARLY_SLOTS,
+    FLOWS,
+    KEYS,
+    OF_O,
+    OF_X,
+    OF_Z,
+    QUERIES,
+    SIDES,
+    VECTORS,
+    Shared,
+    Written,
+    finish,
+    head_of,
+    keys,
+    queries,
+)
+from .mimo_pieces import HALF_ROWS, POS, RANKS, ROWS, add_counted, add_of_ranks, positions, split, unspread
 from .mimo_turning import by_parts, get_rates, get_rows, in_rows
+from .mimo_weights import Packed
 from .pieces import PARAMETERS, WG, N, P, S
 
 _GRID = ("block", "program")
+# Of a thread of queries, of keys, of their rows: together no more than three times the 168 that a program begins with.
+REGISTERS = 200, 208, 96
+OF_SIDES = (OF_O, OF_Z), (OF_X,)  # gradients of weights of P
 
 
 class Gradients(NamedTuple):
@@ -50,14 +75,16 @@ class Gradients(NamedTuple):
     x: jax.Array
     down: jax.Array  # of C and B, [blocks, SIDES, b, chunks, 2, 32, N] float32, by rank of a pair and row
     biases: jax.Array  # of theirs, [programs, h, SIDES, 2, N / 2, RANKS] float32
-    mimo: jax.Array  # of mimo_o, mimo_z and mimo_x, and a place of no use, [programs, h, 4, P, RANKS] float32
-    vectors: jax.Array  # [b, h, chunks, SIDES, VECTORS, 32] float32
+    mimo: jax.Array  # of mimo_o, mimo_z and mimo_x, [programs, h, 3, P, RANKS] float32
+    vectors: jax.Array  # [b, h, chunks, VECTORS, 32] float32
+    flows: jax.Array  # [b, h, chunks, FLOWS, N / 2] float32
+    turned: jax.Array  # what the chunk's keys add to <G, J H> after it, [b, h, chunks, S] float32
     omega: jax.Array  # [blocks, SIDES, b, l, S] float32
 
 
 def gradients(
     x: jax.Array, z: jax.Array | None, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
-    weights: jax.Array, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array, *, block: int, count: int,
+    weights: Packed, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array, *, block: int, count: int,
     interpret=None,
 ) -> Gradients:  # fmt: skip
     """All gradients, or what their sums over chunks, blocks of heads and pairs of ranks are.
@@ -85,89 +112,109 @@ def gradients(
     simulated = interpret is not None
 
     def body(*refs):
-        (x_ref, z_ref, dy_ref, c_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, d_ref, ssm_ref, grad_ref,
-         ones_ref, *refs) = refs  # fmt: skip
+        (x_ref, z_ref, dy_ref, c_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, d_ref,
+         ssm_ref, grad_ref, ones_ref, *refs) = refs  # fmt: skip
         out, shared = Gradients(*refs[: len(Gradients._fields)]), Shared(*refs[len(Gradients._fields) :])
         block_index, program = (lax.axis_index(name) for name in _GRID)
         first = program * count
         steps = block * (jnp.minimum(count, batch * chunks - first) if batch * chunks % count else count)
 
-        def get(side: int, step):
+        def at(step):
+            """Of a step: its place in the batch, chunk there, head."""
             chunk, k = first + lax.div(step, block), lax.rem(step, block)
-            index, ci = lax.div(chunk, chunks), lax.rem(chunk, chunks)
-            here = pl.ds(ci * span, span)
-            slot, head = lax.rem(step, 2), block_index * block + k
-            at, value = (index, head, ci), (index, here, head)
-            copies = [(dy_ref.at[at if z is None else value], shared.dy.at[slot])]
+            return lax.div(chunk, chunks), lax.rem(chunk, chunks), block_index * block + k
+
+        def ask_early(step):
+            index, ci, head = at(step)
+            slot = lax.rem(step, EARLY_SLOTS)
+            here = shared.early_here.at[slot]
+            plgpu.copy_gmem_to_smem(coefficient_ref.at[index, head, ci], shared.coefficients.at[slot], here)
+            plgpu.copy_gmem_to_smem(start_ref.at[index, head, ci], shared.start.at[slot], here)
+
+        def ask_values(step):
+            index, ci, head = at(step)
+            slot, value = lax.rem(step, 2), (index, pl.ds(ci * span, span), head)
+            here = shared.values_here.at[slot]
+            plgpu.copy_gmem_to_smem(x_ref.at[value], shared.x.at[slot], here)
+            source = dy_ref.at[(index, head, ci) if z is None else value]
+            plgpu.copy_gmem_to_smem(source, shared.dy.at[slot], here)
             if z is not None:
-                copies.append((z_ref.at[value], shared.z.at[slot]))
-            if side == KEYS:  # which has less else to do
-                copies = [
-                    (coefficient_ref.at[at], shared.coefficients.at[slot]), (start_ref.at[at], shared.start.at[slot]),
-                    (x_ref.at[value], shared.x.at[slot]), (weight_ref.at[head], shared.weights.at[slot]),
-                    (ssm_ref.at[at], shared.states.at[slot, QUERIES]),
-                    (grad_ref.at[at], shared.states.at[slot, KEYS]),
-                ]  # fmt: skip
-            for source, target in copies:
-                plgpu.copy_gmem_to_smem(source, target, shared.here.at[slot])
+                plgpu.copy_gmem_to_smem(z_ref.at[value], shared.z.at[slot], here)
+
+        def ask_chunk(chunk):
+            group, to = block_index * block // per_group, shared.rates.at[lax.rem(chunk, 2)]
+            chunk = first + chunk
+            for side, source in ((QUERIES, c_ref), (KEYS, b_ref)):
+                get_rows(source, chunk, group, shared.raw.at[side], shared.raw_here, ranks, simulated)
+            get_rates(rate_ref, lax.div(chunk, chunks), lax.rem(chunk, chunks), to, shared.raw_here)
 
         def clear(side: int, k, _):
             head = block_index * block + k
-            for ref in (out.biases.at[program, head, side], out.mimo.at[program, head, pl.ds(2 * side, 2)]):
-                add_counted(ref, None, simulated)
+            add_counted(out.biases.at[program, head, side], None, simulated)
+            for kind in OF_SIDES[side]:
+                add_of_ranks(out.mimo.at[program, head, kind], None, simulated)
             return 0
 
-        def get_chunk(side: int, chunk):
-            source, group = (c_ref, b_ref)[side], block_index * block // per_group
-            get_rows(source, chunk, group, shared.raw.at[side], shared.raw_here, ranks, simulated)
-            if side == QUERIES:
-                get_rates(rate_ref, lax.div(chunk, chunks), lax.rem(chunk, chunks), shared.rates, shared.raw_here)
-                plgpu.copy_gmem_to_smem(ones_ref, shared.ones, shared.raw_here)
-
         def run(side: int):
+            def ask_state(step):
+                source = (ssm_ref, grad_ref)[side]
+                index, ci, head = at(step)
+                plgpu.copy_gmem_to_smem(source.at[index, head, ci], shared.states.at[side], shared.states_here.at[side])
+
+            ask_state(0)
             lax.fori_loop(0, block, functools.partial(clear, side), 0)
-            get(side, 0)
-            plgpu.barrier_arrive(shared.free)
+            if side == QUERIES:
+                plgpu.copy_gmem_to_smem(ones_ref, shared.ones, shared.ones_here)
+            plgpu.barrier_wait(shared.ones_here)
 
             def one(step, carry):
-                chunk, k = first + lax.div(step, block), lax.rem(step, block)
-                index, ci = lax.div(chunk, chunks), lax.rem(chunk, chunks)
-                here = pl.ds(ci * span, span)
-                slot, head = lax.rem(step, 2), block_index * block + k
-                plgpu.barrier_wait(shared.free)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the head before, in the slot of the next
-                pl.when(step + 1 < steps)(lambda: get(side, step + 1))
-
-                @pl.when(k == 0)
-                def _():
-                    if count > 1:
-                        plgpu.barrier_arrive(shared.free)
-                        plgpu.barrier_wait(shared.free)
-                    get_chunk(side, chunk)
-                    plgpu.barrier_wait(shared.raw_here)
-
-                plgpu.barrier_wait(shared.here.at[slot])
-                value = (out.z, out.x)[side]
+                index, ci, number = at(step)
+                here, slot = pl.ds(ci * span, span), lax.rem(step, 2)
+                value, place = (out.z, out.x)[side], (index, number, ci)
                 to = Written(
-                    None if value is None else value.at[index, here, head], out.biases.at[program, head, side],
-                    out.mimo.at[program, head, pl.ds(2 * side, 2)], out.vectors.at[index, head, ci, side],
+                    None if value is None else value.at[index, here, number], out.biases.at[program, number, side],
+                    out.mimo.at[program, number], out.vectors.at[place], out.flows.at[place], out.turned.at[place],
                 )  # fmt: skip
-                total, domega = one_head(side, slot, shared, to, d_ref[head], carry, ranks, simulated)
+                head = head_of(shared, step, block, mimo_ref, number, ranks, simulated)
+                for of_side in (QUERIES, KEYS)[: side + 1]:
+                    plgpu.barrier_wait(shared.states_here.at[of_side])
+                plgpu.barrier_wait(shared.full.at[slot])
+                if side == QUERIES:
+                    down, through = queries(head, to), None
+                else:
+                    down, through = keys(head, to)
 
-                def finish(total, domega):
+                def leave():
+                    if to.value is not None:
+                        plgpu.copy_smem_to_gmem((shared.z, shared.x)[side].at[slot], to.value)
+                    pl.when(step + 1 < steps)(lambda: ask_state(step + 1))
+
+                total, domega = finish(side, shared, head, to, down, through, carry, leave)
+                ahead_of = 2 if ranks == 4 else 1  # steps, which wait for this
+                pl.when(step + ahead_of < steps)(lambda: plgpu.barrier_arrive(shared.empty.at[slot]))
+
+                def write(total, domega):
                     for half, part in enumerate(split(total, simulated)):
                         out.down[block_index, side, index, ci, half] = part
                     out.omega[block_index, side, index, here] = unspread(domega, ranks, simulated)
                     return _no_sums()
 
-                return lax.cond(k == block - 1, finish, lambda *sums: sums, total, domega)
+                return lax.cond(lax.rem(step, block) == block - 1, write, lambda *sums: sums, total, domega)
 
             lax.fori_loop(0, steps, one, _no_sums())
-            plgpu.barrier_wait(shared.free)
             plgpu.wait_smem_to_gmem(0)
 
-        for side in SIDES:
-            pl.when(lax.axis_index("warpgroup") == side)(functools.partial(run, side))
+        def ahead():
+            asks = Asks(ask_early, ask_values, ask_chunk)
+            make_rows(shared, steps, block, at, asks, weight_ref, mimo_ref, d_ref, out.vectors, ranks, simulated)
+
+        roles = (*(functools.partial(run, side) for side in SIDES), ahead)
+        for role, (registers, work) in enumerate(zip(REGISTERS, roles, strict=True)):
+
+            @pl.when(lax.axis_index("warpgroup") == role)
+            def _(role=role, registers=registers, work=work):
+                plgpu.set_max_registers(registers, action="decrease" if role == len(SIDES) else "increase")
+                work()
 
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
     out = Gradients(
@@ -175,17 +222,19 @@ def gradients(
         x=shape(x.shape, x.dtype),
         down=shape((heads // block, 2, batch, chunks, 2, HALF_ROWS, N), f32),
         biases=shape((programs, heads, 2, 2, N // 2, RANKS), f32),
-        mimo=shape((programs, heads, 4, P, RANKS), f32),
-        vectors=shape((batch, heads, chunks, 2, VECTORS, HALF_ROWS), f32),
+        mimo=shape((programs, heads, 3, P, RANKS), f32),
+        vectors=shape((batch, heads, chunks, VECTORS, HALF_ROWS), f32),
+        flows=shape((batch, heads, chunks, FLOWS, N // 2), f32),
+        turned=shape((batch, heads, chunks, S), f32),
         omega=shape((heads // block, 2, batch, length, S), f32),
     )
     arrays = plgpu.kernel(
         body,
         out_type=tuple(out),
-        scratch_types=Shared.types(ranks, z is not None, simulated),
-        grid=(heads // block, programs), grid_names=_GRID, num_threads=2, thread_name="warpgroup",
+        scratch_types=Shared.types(ranks, z is not None),
+        grid=(heads // block, programs), grid_names=_GRID, num_threads=3, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
-    )(x, z, dy, in_rows(c, simulated), in_rows(b, simulated), *by_parts(prepared), weights, d, chunk_ssm, chunk_grad,
+    )(x, z, dy, in_rows(c, simulated), in_rows(b, simulated), *by_parts(prepared), *weights, d, chunk_ssm, chunk_grad,
       _ones(ranks))  # fmt: skip
     return Gradients(*arrays)
 

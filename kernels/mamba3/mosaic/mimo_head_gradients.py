@@ -3,88 +3,120 @@
 Notation and the rules of shared memory as in mimo_gradients.py.
 """
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from . import mimo_pieces as mimo
-from . import mimo_weights as of
-from .mimo_mixing import fold, mixing, over_ranks, weigh
-from .mimo_pieces import HALF_ROWS, POS, ROWS, join, positions, positions_layout, split, spread, store_pair
-from .mimo_turning import rates_of_chunk, rotate, turn
+from .mimo_mixing import fold, to_rows
+from .mimo_pieces import (
+    HALF_ROWS,
+    POS,
+    ROWS,
+    column_blocks,
+    join,
+    positions,
+    positions_layout,
+    ranks_of_columns,
+    split,
+    spread,
+    store_pair,
+)
+from .mimo_rotation import load_turns
+from .mimo_turning import rates_of_chunk
+from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z
 from .pieces import (
     COEFFICIENTS,
     DECAY,
+    HALF,
     STEP_HIGH,
     STEP_LOW,
     TO_END,
+    WG,
     N,
     P,
     S,
+    iotas,
+    load_cols,
     load_rows,
     load_tile,
     meet,
     opaque_zero,
+    pick,
     publish,
     rows,
     tile,
     widen,
 )
-from .products import stash_turns, unstash_turns
 from .wgmma import begin, product, settle
 
 SIDES = QUERIES, KEYS = range(2)
-# Rows of what a side writes per head and chunk, float32 by row of one rank of every pair (mimo_pieces.py): what L_i
-# scales as a query or as a key; of queries, C·B times g·x of the same position; of keys, g·x of the same rank; the
-# phase's part of Δ's gradient. Sums over pairs are still to be made.
-VECTORS = 4
-ALONG, SAME, OVERLAP, TURN = range(VECTORS)
+# Rows of what is written per head and chunk, float32 by row of one rank of every pair (mimo_pieces.py): what L_i scales
+# as a query, that of the same position with it; as a key, what passes through G and what goes to other positions; C·B
+# times g·x of the same position; g·x of the same rank; the phase's part of Δ's gradient, of either side. Sums over
+# pairs are still to be made.
+VECTORS = 7
+ALONG, THROUGH, WITHIN, SAME, OVERLAP, TURN = 0, 1, 2, 3, 4, (5, 6)
+# And by coordinate, of H before the chunk and G: <G, H>, summed over both halves of them, and <G, J H> in two parts.
+FLOWS = 2
+FLOW, TURNED_FLOW = range(FLOWS)
 # Of the gradients of weights of P.
 OF_O, OF_Z, OF_X = range(3)
+EARLY_SLOTS = 4
 
 
 class Shared(NamedTuple):
-    """Shared memory of a program; axes before those of one thing are its sides, or slots for two heads (and sides)."""
+    """Shared memory of a program; axes before those of one thing are slots, or sides."""
 
-    raw: jax.Array
-    rot: jax.Array
-    states: jax.Array  # slots, sides
-    x: jax.Array  # slots, as z and dy
+    raw: jax.Array  # sides
+    rot: jax.Array  # two slots, sides
+    states: jax.Array  # sides
+    x: jax.Array  # two slots, as z and dy
     z: jax.Array | None
     dy: jax.Array  # without gate of all ranks
-    values: jax.Array  # g and X of all ranks
-    staged: jax.Array  # for sums over positions
-    dphase: jax.Array  # in two parts; with 4 ranks, before it, sums over one pair of two
+    values: jax.Array  # two slots; X and, with a gate, g of all ranks
+    weighed: jax.Array  # products of B and C times what they count, rows are keys; with 4 ranks two slots
+    overlaps: jax.Array  # of X and g, likewise
+    dphase: jax.Array | None  # with 4 ranks: of queries, in two parts
     ones: jax.Array
-    turns: jax.Array  # cos and sin
-    rates: jax.Array
-    coefficients: jax.Array  # slots, as start and weights
+    turns: jax.Array  # two slots
+    rates: jax.Array  # two slots, for chunks
+    coefficients: jax.Array  # EARLY_SLOTS, as start
     start: jax.Array
-    weights: jax.Array
     raw_here: jax.Array  # barriers of what arrives
-    here: jax.Array  # slots
-    free: jax.Array
-    ready: jax.Array
-    turned: jax.Array
-    sums: jax.Array | None = None  # the interpreter's
+    early_here: jax.Array
+    values_here: jax.Array
+    states_here: jax.Array
+    ones_here: jax.Array
+    full: jax.Array  # the others, see mimo_gradients.py
+    empty: jax.Array
+    used: jax.Array
 
     @staticmethod
-    def types(ranks: int, gated: bool, simulated: bool) -> "Shared":
+    def types(ranks: int, gated: bool) -> "Shared":
         """What to allocate."""
-        span, floats = positions(ranks), functools.partial(plgpu.SMEM, dtype=jnp.float32)
+        span = positions(ranks)
+
+        def floats(*shape: int, dtype=jnp.float32):
+            return plgpu.SMEM(shape, dtype)
+
+        def barriers(arrivals: int = 1, number: int | None = None):
+            return plgpu.Barrier(num_arrivals=arrivals, **({} if number is None else {"num_barriers": number}))
+
         return Shared(
-            mimo.blocks(2), mimo.blocks(2), tile(2, 2, P, N), tile(2, span, P), tile(2, span, P) if gated else None,
-            tile(2, span if gated else ROWS, P), tile(2, ROWS, P), mimo.blocks(2),
-            tile(2 if ranks == 4 else 1, HALF_ROWS, 2 * S), tile(2, 8, ROWS),
-            floats((2, HALF_ROWS, S) if simulated else (HALF_ROWS, S)), rates_of_chunk(ranks),
-            floats((2, COEFFICIENTS, span)), floats((2, S)), floats((2, ranks, of.WEIGHTS, P)),
-            plgpu.Barrier(num_arrivals=ranks + 2), plgpu.Barrier(num_arrivals=7 + gated, num_barriers=2),
-            plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=2), plgpu.Barrier(),
-            floats((2, span, P)) if simulated and ranks == 4 else None,
+            mimo.blocks(2), mimo.blocks(2, 2), tile(2, P, N), tile(2, span, P), tile(2, span, P) if gated else None,
+            tile(2, span if gated else ROWS, P), tile(2, 1 + gated, ROWS, P),
+            tile(ranks // 2, ROWS, ROWS), tile(ranks // 2, ROWS, ROWS),
+            tile(HALF_ROWS, 2 * S) if ranks == 4 else None, tile(2, 8, ROWS),
+            floats(2, span, S, dtype=jnp.int32), rates_of_chunk(ranks, 2),
+            floats(EARLY_SLOTS, COEFFICIENTS, span), floats(EARLY_SLOTS, S),
+            barriers(ranks + 1), barriers(2, EARLY_SLOTS), barriers(2 + gated, 2), barriers(1, 2), barriers(),
+            barriers(1, 2), barriers(2, 2), barriers(2),
         )  # fmt: skip
 
 
@@ -93,201 +125,233 @@ class Written(NamedTuple):
 
     value: jax.Array | None
     biases: jax.Array
-    mimo: jax.Array  # of the side
+    mimo: jax.Array
     vectors: jax.Array
+    flows: jax.Array
+    turned: jax.Array
 
 
-def one_head(side: int, slot, shared: Shared, to: Written, skip, carry, ranks: int, simulated: bool):
-    """All of a head's gradients of one side; `carry` and what is returned: sums over heads of dC or dB, and of dω."""
-    total, domega = carry
+class Head(NamedTuple):
+    """A step's slots of shared memory; `mimo`: weights of P in global memory."""
+
+    rows: tuple[jax.Array, jax.Array]  # rotated C and B
+    values: tuple[jax.Array, jax.Array]  # g and X
+    states: tuple[jax.Array, jax.Array]  # H and G
+    weighed: jax.Array
+    overlaps: jax.Array
+    here: jax.Array
+    turns: jax.Array
+    rates: jax.Array
+    mimo: jax.Array
+    x: jax.Array
+    z: jax.Array | None
+    dy: jax.Array
+    zero: jax.Array
+    ranks: int
+    simulated: bool
+
+    def weights(self, kind: int) -> list[jax.Array]:
+        """Of all ranks, [P] each."""
+        return [load_rows(self.mimo.at[kind, rank]) for rank in range(self.ranks)]
+
+    def transposed(self, ref) -> jax.Array:
+        """x, z or dy, [P, T] float32."""
+        return widen(plgpu.load(ref.transpose((1, 0)), layout=WG), self.simulated)
+
+
+def head_of(shared: Shared, step, block: int, mimo_ref, number, ranks: int, simulated: bool) -> Head:
+    """What both sides read of a step's head."""
     zero = opaque_zero(simulated)
-    here, x_tile, dy_tile = (v.at[slot + zero] for v in (shared.coefficients, shared.x, shared.dy))
-    z_tile = None if shared.z is None else shared.z.at[slot + zero]
-    own, other, state = shared.rot.at[side + zero], shared.rot.at[1 - side + zero], shared.states.at[slot + zero, side]
-    weight = functools.partial(of.load_weight, shared.weights.at[slot + zero], ranks=ranks, simulated=simulated)
-    row, column = mimo.iotas(zero, ranks)
-
-    if side == KEYS:
-        cos, sin = turn(here, shared.start.at[slot], shared.rates, row, column, ranks, simulated)
-        stash_turns(shared.turns, cos, sin, simulated, POS)
-        plgpu.barrier_arrive(shared.turned)
-        x = _load(x_tile, ranks, simulated)
-        values = [(x * weight(k, of.MIMO_X)).astype(jnp.bfloat16) for k in range(2)]
-    else:
-        if z_tile is None:
-            values = split(load_tile(dy_tile), simulated)
-        else:
-            values = _gated(z_tile, dy_tile, weight, ranks, simulated)
-        plgpu.barrier_wait(shared.turned)
-        cos, sin = unstash_turns(shared.turns, simulated, POS)
-    shared.values.at[side + zero][...] = join(*values, simulated)
-    biases = (of.C_BIAS, of.C_REST) if side == QUERIES else (of.B_BIAS, of.B_REST)
-    rotate(shared.raw.at[side + zero], own, *biases, weight, cos, sin, simulated)
-    publish(simulated)
-    plgpu.barrier_arrive(shared.ready)
-    meet(simulated)
-    y = product(None, own, state, simulated, b_t=True)  # needs nothing of the other side
-    plgpu.barrier_wait(shared.ready)
-
-    of_values, narrow, scale = _through_scores(
-        side, own, other, y, values, shared.values.at[1 - side + zero], here, row, column, skip, to.vectors, ranks,
-        simulated,
+    slot, early, of_chunk = (zero + lax.rem(v, n) for v, n in (
+        (step, 2), (step, EARLY_SLOTS), (lax.div(step, block), 2)))  # fmt: skip
+    g = shared.dy.at[slot] if shared.z is None else shared.values.at[slot, 1]
+    return Head(
+        (shared.rot.at[slot, QUERIES], shared.rot.at[slot, KEYS]), (g, shared.values.at[slot, 0]),
+        (shared.states.at[QUERIES + zero], shared.states.at[KEYS + zero]),
+        *(v.at[slot if ranks == 4 else zero] for v in (shared.weighed, shared.overlaps)),
+        shared.coefficients.at[early], shared.turns.at[slot], shared.rates.at[of_chunk], mimo_ref.at[number + zero],
+        shared.x.at[slot], None if shared.z is None else shared.z.at[slot], shared.dy.at[slot], zero, ranks, simulated,
     )  # fmt: skip
-    staged = shared.staged.at[side + zero]
-    value_tile, value, for_sums = None, None, ()
-    if side == KEYS:
-        value_tile = x_tile
-        value, for_sums = _of_x(of_values, _load(x_tile, ranks, simulated), weight)
-    elif z_tile is not None:
-        value_tile = z_tile
-        value, for_sums = _of_gate(of_values, _load(z_tile, ranks, simulated), _load(dy_tile, ranks, simulated), weight)
-    for columns, both in enumerate(for_sums):
-        store_pair(staged, columns, *both, simulated)
-    sums = (shared.sums if simulated else shared.dphase).at[side] if ranks == 4 else None
-    # With 2 ranks there is no room for both, but dy is not needed any more.
-    dy_place = dy_tile.at[pl.ds(0, HALF_ROWS)]
-    dphase_tile = dy_place if ranks == 2 and side == QUERIES else shared.dphase.at[zero + (side if ranks == 4 else 0)]
-    if ranks == 4 and value_tile is not None:
-        mimo.send_partial(sums, value, simulated)
-    down = product(None, join(*(v * scale for v in values), simulated), state, simulated)
-    down = product(down, narrow, other, simulated)
-    publish(simulated)
-    meet(simulated)  # staged
-    found = _over_positions(staged, len(for_sums), shared.ones, simulated)
-    if ranks == 4 and value_tile is not None:
-        mimo.store_sum(value_tile, sums, value, simulated)
-    elif value_tile is not None:
-        value_tile[...] = value.astype(jnp.bfloat16)
 
-    down = split(settle(down, len(for_sums), simulated), simulated)
-    cos, sin = unstash_turns(shared.turns, simulated, POS)
-    step = _along_rows(here, ranks, simulated, S, STEP_HIGH) + _along_rows(here, ranks, simulated, S, STEP_LOW)
-    plgpu.barrier_arrive(shared.free)
-    dphase, back = 0.0, []
-    for v, part in zip(mimo.load_pair(own, 0, simulated), down, strict=True):
-        v = widen(v, simulated, POS)
-        real, imag, rest = part[:, :S], part[:, S : 2 * S], part[:, 2 * S :]
-        dphase += imag * v[:, :S] - real * v[:, S:]
-        back.append(jnp.concatenate([real * cos + imag * sin, imag * cos - real * sin, rest], axis=1))
+
+def queries(head: Head, to: Written) -> jax.Array:
+    """dC, [ROWS, N] as rotated; dz is left in z's place, and the gradients of mimo_o and mimo_z in `to`."""
+    simulated, (c_rows, b_rows), (g, x), (state, _) = head.simulated, head.rows, head.values, head.states
+    if head.z is not None:
+        y = product(None, state, c_rows, simulated, b_t=True)
+        of_z, of_o = head.weights(MIMO_Z), head.weights(MIMO_O)
+        from_start = to_rows(jnp.exp2(load_cols(head.here.at[DECAY])))
+        z, dy = head.transposed(head.z), head.transposed(head.dy)
+        y = begin(settle(y, 0, simulated) * from_start, simulated)
+        y = settle(product(y, x, head.weighed, simulated, a_t=True), 0, simulated)
+        dz, sums = _of_gate(y, z, dy, of_z, of_o)
+        head.z.transpose((1, 0))[...] = dz.astype(jnp.bfloat16)
+        for kind, v in zip((OF_O, OF_Z), sums, strict=True):
+            mimo.add_of_ranks(to.mimo.at[kind], v, simulated)
+    from_start = jnp.exp2(load_rows(head.here.at[DECAY], positions_layout(head.ranks)))
+    down = product(None, _scaled(g, from_start, simulated), state, simulated)
+    return settle(product(down, head.overlaps, b_rows, simulated, a_t=True), 0, simulated)
+
+
+class Through(NamedTuple):
+    """What `keys` has found of the part of dB through G."""
+
+    dphase: jax.Array  # by position, pair of ranks and phase
+    turning: list[jax.Array]  # the half of B that rotates, by rank of a pair, float32
+
+
+def keys(head: Head, to: Written) -> tuple[jax.Array, Through]:
+    """dB likewise, and more of its part through G; dx is left in x's place, the gradient of mimo_x in `to`."""
+    simulated, (c_rows, b_rows), (g, x), (state, grad) = head.simulated, head.rows, head.values, head.states
+    dx = product(None, grad, b_rows, simulated, b_t=True)
+    flows = [
+        product(None, grad.at[:, half], state.at[:, half], simulated, a_t=True)
+        for half in (pl.ds(0, HALF), pl.ds(HALF, HALF))
+    ]
+    of_x, x_wide = head.weights(MIMO_X), head.transposed(head.x)
+    dx = begin(settle(dx, 2, simulated) * to_rows(load_cols(head.here.at[TO_END])), simulated)
+    _write_flows(*(settle(v, 0, simulated) for v in flows), to.flows, simulated)
+    dx = product(dx, g, head.weighed, simulated, a_t=True, b_t=True)
+    to_end = load_rows(head.here.at[TO_END], positions_layout(head.ranks))
+    down = product(None, _scaled(x, to_end, simulated), grad, simulated)
+    value, sums = _of_x(settle(dx, 1, simulated), x_wide, of_x)
+    head.x.transpose((1, 0))[...] = value.astype(jnp.bfloat16)
+    mimo.add_of_ranks(to.mimo.at[OF_X], sums, simulated)
+    down = settle(down, 0, simulated)
+    turning = _load_half(b_rows, 0, simulated)
+    along, dphase, _ = _turning(b_rows, down, turning, simulated)
+    to.vectors[THROUGH] = jnp.sum(along, axis=1)
+    down = settle(product(begin(down, simulated), head.overlaps, c_rows, simulated), 0, simulated)
+    return down, Through(dphase, turning)
+
+
+def finish(
+    side: int, shared: Shared, head: Head, to: Written, down: jax.Array, through: Through | None, carry, leave: Callable
+):  # fmt: skip
+    """Turns dC or dB back, into the sums over heads that `carry` holds (also of dω). `leave`: once both are found."""
+    ranks, simulated, own = head.ranks, head.simulated, head.rows[side]
+    total, domega = carry
+    publish(simulated)  # dz or dx
+    plgpu.barrier_arrive(shared.used)
+    layout = positions_layout(ranks)
+    turning = _load_half(own, 0, simulated) if side == QUERIES else through.turning
+    along, dphase, parts = _turning(own, down, turning, simulated, side == QUERIES)
+    cos, sin = load_turns(head.turns, ranks, simulated)
+    back = [
+        jnp.concatenate([real * cos + imag * sin, imag * cos - real * sin, rest], axis=1) for real, imag, rest in parts
+    ]
     total = total + join(*back, simulated)
-    of_mimo = settle(found, 0, simulated) if for_sums else None
-    publish(simulated)
-    meet(simulated)  # no warp's products read what was staged; the value is in its tile
-    if value_tile is not None:
-        plgpu.copy_smem_to_gmem(value_tile, to.value)
+    if side == QUERIES:
+        to.vectors[ALONG] = jnp.sum(along, axis=1)
+    plgpu.barrier_wait(shared.used)
+    leave()
     for columns in range(2):
         part = slice(64 * columns, 64 * columns + 64)
-        store_pair(staged, columns, *(v[:, part].astype(jnp.bfloat16) for v in back), simulated)
-    high = dphase.astype(jnp.bfloat16)
-    low = (dphase - widen(high, simulated, POS)).astype(jnp.bfloat16)
-    dphase_tile[...] = jnp.concatenate([high, low], axis=1)
+        store_pair(own, columns, *(v[:, part].astype(jnp.bfloat16) for v in back), simulated)
+    if side == KEYS:
+        dphase_tile = head.overlaps
+        _store_parts(head.overlaps.at[pl.ds(HALF_ROWS, HALF_ROWS)], through.dphase, simulated)
+    else:
+        dphase_tile = head.dy.at[pl.ds(0, HALF_ROWS)] if shared.dphase is None else shared.dphase
+    _store_parts(dphase_tile.at[pl.ds(0, HALF_ROWS)], dphase, simulated)
     publish(simulated)
     meet(simulated)  # staged
+    row, column = mimo.iotas(head.zero, ranks)
     later = spread(jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16), simulated)
     later = jnp.concatenate([later] * (ranks // 2), axis=1)  # of the positions of every pair
-    phase = product(None, join(later, later, simulated), dphase_tile, simulated)
-    found = _over_positions(staged, 2, shared.ones, simulated)
-    phase, _ = split(settle(phase, 2, simulated), simulated)
-    phase = phase[:, :S] + phase[:, S:]
-    rates = [spread(widen(load_tile(shared.rates.at[k], positions_layout(ranks)), simulated, positions_layout(ranks)),
-                    simulated) for k in range(2)]  # fmt: skip
-    to.vectors[TURN] = jnp.sum(phase * (rates[0] + rates[1]), axis=1) * (2 / ranks)  # every pair has the sum
-    if of_mimo is not None:  # not sooner, as `publish` may wait for what leaves
-        mimo.add_counted(to.mimo, of_mimo, simulated)
+    if side == KEYS:  # and, of what passes through G, of all positions
+        zeros, ones = (jnp.full_like(later, v) for v in (0, 1))
+        sums = jnp.concatenate([later, zeros], axis=1), jnp.concatenate([zeros, ones], axis=1)
+    else:
+        sums = later, later
+    phase = product(None, join(*sums, simulated), dphase_tile, simulated)
+    found = None
+    for k in range(2):
+        found = product(found, own.at[:, :, k], shared.ones.at[k], simulated, a_t=True, b_t=True)
+    step = _along_rows(head, STEP_HIGH) + _along_rows(head, STEP_LOW)
+    rates = [spread(widen(load_tile(head.rates.at[k], layout), simulated, layout), simulated) for k in range(2)]
+    phase, passed = (v[:, :S] + v[:, S:] for v in split(settle(phase, 2, simulated), simulated))
+    if side == KEYS:
+        mimo.store_row(to.turned, passed, simulated)
+    to.vectors[TURN[side]] = jnp.sum(phase * (rates[0] + rates[1]), axis=1) * (2 / ranks)  # every pair has the sum
     mimo.add_counted(to.biases, settle(found, 0, simulated), simulated)
-    if ranks == 2:
-        meet(simulated)  # no warp's products read `dphase_tile`, where the next but one dy may arrive
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this, too, makes the warps meet
     return total, domega + step * phase
 
 
-def _through_scores(
-    side: int, own, other, y, values, other_values, here, row, column, skip, vectors, ranks: int, simulated: bool
-):
-    """y or dX by rank; weighted products of own values with others', bfloat16; what scales own values with the state.
+def _load_half(own, columns: int, simulated: bool) -> list[jax.Array]:
+    """64 columns of rows, float32 by rank of a pair."""
+    return [widen(v, simulated, POS) for v in mimo.load_pair(own, columns, simulated)]
 
-    `y`: the product of own rows and the state, in flight. Writes `vectors` but for TURN.
+
+def _turning(own, down: jax.Array, turning: list[jax.Array], simulated: bool, whole: bool = True):
+    """Rows times their gradients, as sums over columns, and by phase, [32, S]; and parts of the gradients by rank.
+
+    The first, found if `whole`, is still to be added up along rows. The parts: real, imaginary, the rest. `turning`: as
+    `Through` has it.
     """
-    scores = product(None, own, other, simulated, b_t=True)
-    over = product(None, join(*values, simulated), other_values, simulated, b_t=True)
-    mix = mixing(side == KEYS, here, row, column, ranks)
-    layout = positions_layout(ranks)
-    scale = load_rows(here.at[TO_END], layout) if side == KEYS else jnp.exp2(load_rows(here.at[DECAY], layout))
-    same = spread(jnp.where(row == column, 1.0, 0.0), simulated)
-    mix, scale, narrow_scale = (
-        spread(v, simulated) for v in (mix, rows(scale, P), rows(scale.astype(jnp.bfloat16), P))
-    )
-    along, overlap, parts = 0.0, 0.0, []
-    others = split(load_tile(other_values), simulated)
-    for v, other_v, part in zip(values, others, split(settle(y, 2, simulated), simulated), strict=True):
-        v, other_v, part = widen(v, simulated, POS), widen(other_v, simulated, POS), part * scale
-        along += fold(part * v)
-        parts.append(part + skip * other_v)
-        if side == KEYS:
-            overlap += fold(v * other_v)
-    y = begin(join(*parts, simulated), simulated)
-    scores = settle(scores, 1, simulated)
-    y = product(y, weigh(scores, mix, simulated), other_values, simulated)
-    over = settle(over, 1, simulated)
-    by_position = over_ranks(over, scores, positions(ranks), simulated)
-    of_same = by_position * same
-    vectors[ALONG] = jnp.sum(along + fold((by_position - of_same) * mix), axis=1)
-    if side == QUERIES:
-        vectors[SAME] = jnp.sum(fold(of_same), axis=1)
-    else:
-        vectors[OVERLAP] = jnp.sum(overlap, axis=1)
-    narrow = weigh(over, mix, simulated)
-    return split(settle(y, 0, simulated), simulated), narrow, narrow_scale
+    dphase, along, parts = 0.0, 0.0, []
+    rests = _load_half(own, 1, simulated) if whole else (None, None)
+    for part, v, rest in zip(split(down, simulated), turning, rests, strict=True):
+        real, imag = part[:, :S], part[:, S : 2 * S]
+        dphase += imag * v[:, :S] - real * v[:, S:]
+        if whole:
+            along += fold(part[:, : 2 * S] * v) + fold(part[:, 2 * S :] * rest)
+        parts.append((real, imag, part[:, 2 * S :]))
+    return along, dphase, parts
 
 
-def _over_positions(staged, count: int, ones, simulated: bool) -> jax.Array | None:
-    """Sums over positions of so many halves of what was staged, [64, 8], as `mimo_pieces.add_counted` takes them."""
-    found = None
-    for k in range(count):
-        found = product(found, staged.at[:, :, k], ones.at[k], simulated, a_t=True, b_t=True)
-    return found
+def _store_parts(ref, v: jax.Array, simulated: bool) -> None:
+    """[32, S] in two bfloat16 parts, side by side."""
+    high = v.astype(jnp.bfloat16)
+    low = (v - widen(high, simulated, POS)).astype(jnp.bfloat16)
+    ref[...] = jnp.concatenate([high, low], axis=1)
 
 
-def _load(ref, ranks: int, simulated: bool) -> jax.Array:
-    """x, z or dy of a chunk: [32, P] float32."""
-    layout = positions_layout(ranks)
-    return spread(widen(load_tile(ref, layout), simulated, layout), simulated)
+def _write_flows(turned: jax.Array, rest: jax.Array, out, simulated: bool) -> None:
+    """What FLOWS says: diagonals of products of G and H over P, [N / 2, N / 2] each."""
+    row, column = iotas()
+    out[FLOW] = pick(turned, row, column, 0, simulated) + pick(rest, row, column, 0, simulated)
+    out[TURNED_FLOW] = pick(turned, row, column, S, simulated)
 
 
-def _along_rows(here, ranks: int, simulated: bool, width: int, kind: int) -> jax.Array:
-    """A coefficient of positions, [32, width]."""
-    return spread(rows(load_rows(here.at[kind], positions_layout(ranks)), width), simulated)
+def _scaled(ref, scale: jax.Array, simulated: bool) -> jax.Array:
+    """X or g [ROWS, P], times what their positions are scaled by."""
+    scale = spread(rows(scale.astype(jnp.bfloat16), P), simulated)
+    return join(*(part * scale for part in split(load_tile(ref), simulated)), simulated)
 
 
-def _gated(z_tile, dy_tile, weight, ranks: int, simulated: bool) -> list[jax.Array]:
-    """g of both ranks of pairs, bfloat16."""
-    z, dy = (_load(v, ranks, simulated) for v in (z_tile, dy_tile))
-    out = []
-    for k in range(2):
-        half = z * weight(k, of.MIMO_Z)
-        out.append((dy * weight(k, of.MIMO_O) * (half * jnp.tanh(half) + half)).astype(jnp.bfloat16))
-    return out
+def _along_rows(head: Head, kind: int) -> jax.Array:
+    """A coefficient of positions, [32, S]."""
+    return spread(rows(load_rows(head.here.at[kind], positions_layout(head.ranks)), S), head.simulated)
 
 
-def _of_gate(y, z: jax.Array, dy: jax.Array, weight):
-    """dz's share of every pair, and what adds up to the gradients of mimo_o and mimo_z."""
-    value, of_o, of_z = 0.0, [], []
-    for k, y_rank in enumerate(y):
-        half_weight = weight(k, of.MIMO_Z)
-        half = z * half_weight
+def _of_gate(y: jax.Array, z: jax.Array, dy: jax.Array, of_z: list[jax.Array], of_o: list[jax.Array]):
+    """dz [P, T], and what adds up, along rows, to the gradients of mimo_o and mimo_z by rank, [P, 8] each.
+
+    y: [P, ROWS]; z, dy: [P, T].
+    """
+    zs, dys, ranks = column_blocks(z), column_blocks(dy), len(of_z)
+    dz, by_o, by_z = [0.0] * len(zs), [0.0] * ranks, [0.0] * ranks
+    both = [2 * z_weight * o_weight for z_weight, o_weight in zip(of_z, of_o, strict=True)]
+    for part, (rank, at) in zip(column_blocks(y), ranks_of_columns(ranks), strict=True):
+        half = zs[at] * rows(of_z[rank], 8)
         tanh = jnp.tanh(half)
         silu, gate = half * tanh + half, 0.5 * tanh + 0.5
-        v = dy * y_rank
-        of_o.append((v * silu).astype(jnp.bfloat16))
-        v = v * weight(k, of.MIMO_O) * ((gate + silu) - silu * gate)
-        of_z.append((v * z).astype(jnp.bfloat16))
-        value += v * half_weight
-    return value + value, (of_o, of_z)
+        v = dys[at] * part
+        by_o[rank] += v * silu
+        v = v * (gate + (silu - silu * gate))
+        by_z[rank] += v * zs[at]
+        dz[at] += v * rows(both[rank], 8)
+    by_z = [v * rows(weight, 8) for v, weight in zip(by_z, of_o, strict=True)]
+    return jnp.concatenate(dz, axis=1), (by_o, by_z)
 
 
-def _of_x(dx, x: jax.Array, weight):
-    """dx's share of every pair, and what adds up to the gradient of mimo_x."""
-    value, of_x = 0.0, []
-    for k, v in enumerate(dx):
-        of_x.append((v * x).astype(jnp.bfloat16))
-        value += v * weight(k, of.MIMO_X)
-    return value, (of_x,)
+def _of_x(dx: jax.Array, x: jax.Array, of_x: list[jax.Array]):
+    """The gradient of x [P, T], and of mimo_x likewise. dx: [P, ROWS]; x: [P, T]."""
+    xs, ranks = column_blocks(x), len(of_x)
+    value, by_x = [0.0] * len(xs), [0.0] * ranks
+    for part, (rank, at) in zip(column_blocks(dx), ranks_of_columns(ranks), strict=True):
+        by_x[rank] += part * xs[at]
+        value[at] += part * rows(of_x[rank], 8)
+    return jnp.concatenate(value, axis=1), by_x

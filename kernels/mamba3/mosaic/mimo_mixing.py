@@ -10,8 +10,18 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .mimo_pieces import HALF_ROWS, POS, column_blocks, join, positions, positions_layout, positions_of_columns, split
-from .pieces import DECAY, OTHER, OWN, P, cols, load_cols, load_rows, rows
+from .mimo_pieces import (
+    HALF_ROWS,
+    POS,
+    column_blocks,
+    join,
+    positions,
+    positions_layout,
+    positions_of_columns,
+    ranks_of_columns,
+    split,
+)
+from .pieces import DECAY, OTHER, OWN, P, cols, load_cols, load_rows, rows, widen
 
 
 def mixing(of_keys: bool, here, row: jax.Array, column: jax.Array, ranks: int) -> jax.Array:
@@ -68,3 +78,28 @@ def over_ranks(overlaps: jax.Array, scores: jax.Array, span: int, simulated: boo
 def fold(v: jax.Array) -> jax.Array:
     """[32, w] → [32, 8]: sums of blocks of 8 columns."""
     return functools.reduce(jnp.add, column_blocks(v))
+
+
+def expand(x: jax.Array, of_x: list[jax.Array], simulated: bool) -> jax.Array:
+    """X of all ranks, transposed: [P, ROWS]."""
+    eights = column_blocks(widen(x, simulated))
+    parts = [(eights[at] * rows(of_x[rank], 8)).astype(jnp.bfloat16) for rank, at in ranks_of_columns(len(of_x))]
+    return jnp.concatenate(parts, axis=1)
+
+
+def gated(z: jax.Array, dy: jax.Array, of_z: list[jax.Array], of_o: list[jax.Array]) -> jax.Array:
+    """g of all ranks, transposed: [P, ROWS] float32. z, dy: [P, T]."""
+    zs, dys, parts = column_blocks(z), column_blocks(dy), []
+    for rank, at in ranks_of_columns(len(of_z)):
+        half = zs[at] * rows(of_z[rank], 8)
+        parts.append(dys[at] * rows(of_o[rank], 8) * (half * jnp.tanh(half) + half))
+    return jnp.concatenate(parts, axis=1)
+
+
+def diagonal(over: jax.Array, eye: jax.Array, simulated: bool) -> jax.Array:
+    """What adds up, along rows, to the products of rows with themselves: [32, 8]."""
+    total = 0.0
+    for rank, part in enumerate(split(over, simulated)):
+        for one, mask in zip(column_blocks(part)[rank::2], column_blocks(eye), strict=True):
+            total += one * mask
+    return total

@@ -14,7 +14,7 @@ from jax import lax
 
 from . import mimo_pieces as mimo
 from . import mimo_weights as of
-from .mimo_mixing import mixing, skips_of, to_rows, weigh
+from .mimo_mixing import expand, mixing, skips_of, to_rows, weigh
 from .mimo_pieces import ROWS, column_blocks, positions, ranks_of_columns, spread
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
 from .mimo_turning import get_rates, phases, rates_of_chunk
@@ -157,7 +157,7 @@ def multiply(
         pl.when(ci + 1 < count)(lambda: plgpu.barrier_arrive(shared.empty.at[own, C_SLOT]))
         weighed[...] = weigh(scores, mix, simulated, skips)
         plgpu.barrier_wait(shared.x_here.at[own])
-        x = _expand(plgpu.load(shared.x.at[mine].transpose((1, 0)), layout=WG), of_x, simulated)
+        x = expand(plgpu.load(shared.x.at[mine].transpose((1, 0)), layout=WG), of_x, simulated)
         if z_ref is not None:
             plgpu.barrier_wait(shared.z_here.at[own])
             z = plgpu.load(shared.z.at[mine].transpose((1, 0)), layout=WG)
@@ -227,7 +227,7 @@ def rotate_ahead(
         for k in heads:
             pl.when(ci >= slots)(lambda k=k: plgpu.barrier_wait(shared.empty.at[k, to]))
         outs = [shared.rotated.at[k + zero, to] for k in heads]
-        rotate_rows(shared.raw.at[matrix + zero], outs, biases, turns, ranks, simulated)
+        rotate_rows([shared.raw.at[matrix + zero]] * len(heads), outs, biases, turns, ranks, simulated)
 
     def one_chunk(ci, _):
         slot = lax.rem(ci, 2)
@@ -257,13 +257,6 @@ def rotate_ahead(
         return 0
 
     lax.fori_loop(0, count, one_chunk, 0)
-
-
-def _expand(x: jax.Array, of_x: list[jax.Array], simulated: bool) -> jax.Array:
-    """X of all ranks, transposed: [P, ROWS]."""
-    eights = column_blocks(widen(x, simulated))
-    parts = [(eights[at] * rows(of_x[rank], 8)).astype(jnp.bfloat16) for rank, at in ranks_of_columns(len(of_x))]
-    return jnp.concatenate(parts, axis=1)
 
 
 def _gate(y: jax.Array, z: jax.Array, of_z: list[jax.Array], of_o: list[jax.Array]) -> jax.Array:

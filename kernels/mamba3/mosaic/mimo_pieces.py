@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from .pieces import WG
 from .wgmma import array_of
@@ -149,78 +149,11 @@ def store_pair(ref, columns: int, first: jax.Array, second: jax.Array, simulated
     inline(join(first, second, simulated), ref)
 
 
-def send_partial(sums, total: jax.Array, simulated: bool) -> None:
-    """Half of the sums over a pair of ranks, [32, P], to the warp with the other pair; `sums`: 4 KiB."""
-    if simulated:
-        sums[...] = total[:16]
-        return
-
-    @plgpu.inline_mgpu(arg_types=(_type(sums), POS))
-    def inline(ctx, sums, total):
-        four, at = ir.VectorType.get((4,), ir.F32Type.get()), _own_place(sums, 0)
-        upper, registers = has_upper_pair(), list(total.registers.flat)
-        gone = [arith.select(upper, a, b) for a, b in zip(registers[:4], registers[4:], strict=True)]
-        for k in range(2):
-            numbers = [vector.extract(v, [], [e]) for v in gone[2 * k : 2 * k + 2] for e in range(2)]
-            place = mgpu.utils.getelementptr(at, [128 * k], four)
-            llvm.store(vector.from_elements(four, numbers), place, alignment=16)
-
-    inline(sums, total)
-
-
-def store_sum(y, sums, total: jax.Array, simulated: bool) -> None:
-    """The sum over all ranks, bfloat16 to y [16, 64]; after `send_partial` and a barrier."""
-    if simulated:
-        y[...] = (sums[...] + total[16:]).astype(jnp.bfloat16)
-        return
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))), _type(sums), POS)
-    )
-    def inline(ctx, y, sums, total):
-        i32, i8, f32, bf16 = *(ir.IntegerType.get_signless(k) for k in (32, 8)), ir.F32Type.get(), ir.BF16Type.get()
-        c = mgpu.utils.c
-        two, four, at = ir.VectorType.get((2,), f32), ir.VectorType.get((4,), f32), _own_place(sums, 64)
-        upper, registers = has_upper_pair(), list(total.registers.flat)
-        kept = [arith.select(upper, b, a) for a, b in zip(registers[:4], registers[4:], strict=True)]
-        thread = mgpu.utils.thread_idx()
-        in_eight = arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32))
-        row = arith.addi(in_eight, arith.andi(arith.shrui(thread, c(2, i32)), c(8, i32)))
-        base = arith.addi(arith.muli(row, c(128, i32)), arith.muli(arith.andi(thread, c(3, i32)), c(4, i32)))
-        block = arith.andi(arith.shrui(thread, c(4, i32)), c(4, i32))
-        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(y), [base], i8)
-        for k in range(2):
-            numbers = llvm.load(four, mgpu.utils.getelementptr(at, [128 * k], four), alignment=16)
-            for e in range(2):
-                other = vector.extract_strided_slice(two, numbers, [2 * e], [2], [1])
-                v = arith.truncf(ir.VectorType.get((2,), bf16), arith.addf(kept[2 * k + e], other))
-                piece = arith.xori(arith.addi(block, c(2 * k + e, i32)), in_eight)
-                place = mgpu.utils.getelementptr(pointer, [arith.muli(piece, c(16, i32))], i8)
-                llvm.store(v, place, alignment=4)
-
-    inline(y, sums, total)
-
-
-def _type(sums) -> plgpu.RefType:
-    """Of memory for partial sums, which may be that of something else: float32 [16, 64], or a bfloat16 tile."""
-    if sums.dtype == jnp.float32:
-        return plgpu.RefType()
-    return plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
 def has_upper_pair() -> ir.Value:
     """Whether this thread's rows are of the second pair of ranks."""
     i32 = ir.IntegerType.get_signless(32)
     bit = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(64, i32))
     return arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.utils.c(0, i32))
-
-
-def _own_place(sums: ir.Value, flipped: int) -> ir.Value:
-    """Address of the first four numbers of this thread, or of that whose number differs in `flipped`."""
-    i32, four = ir.IntegerType.get_signless(32), ir.VectorType.get((4,), ir.F32Type.get())
-    thread = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(127, i32))
-    thread = arith.xori(thread, mgpu.utils.c(flipped, i32))
-    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(sums), [thread], four)
 
 
 def unspread(v: jax.Array, ranks: int, simulated: bool) -> jax.Array:
@@ -264,3 +197,77 @@ def add_counted(out, v: jax.Array | None, simulated: bool) -> None:
             )
 
     inline(out, *(() if v is None else (v,)))
+
+
+def add_of_ranks(out, parts: list[jax.Array] | None, simulated: bool) -> None:
+    """Adds to `out` [64, RANKS] in global memory, for every rank, sums along rows of [64, 8] (WG); None: sets it to 0.
+
+    A number is always added by the same thread, as by `add_counted`.
+    """
+    if simulated:
+        v = jnp.zeros(out.shape) if parts is None else jnp.stack([jnp.sum(v, axis=1) for v in parts], axis=1)
+        out[...] = v if parts is None else out[...] + jnp.pad(v, ((0, 0), (0, RANKS - len(parts))))
+        return
+    parts = parts or []
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(WG for _ in parts)))
+    def inline(ctx, out, *parts):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        c = mgpu.utils.c
+        thread = arith.andi(mgpu.utils.thread_idx(), c(127, i32))
+        rank = arith.andi(thread, c(3, i32))  # four threads have a row, each of them a rank
+        row = arith.addi(arith.andi(arith.shrui(thread, c(2, i32)), c(7, i32)),
+                         arith.muli(arith.shrui(thread, c(5, i32)), c(16, i32)))  # fmt: skip
+        at = arith.addi(arith.muli(row, c(RANKS, i32)), rank)
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [at], f32)
+        code = f"{'red.global.add' if parts else 'st.global'}.f32 [$0], $1;"
+        high = [arith.cmpi(arith.CmpIPredicate.ne, arith.andi(thread, c(k, i32)), c(0, i32)) for k in (1, 2)]
+        for half in range(2):
+            sums = []
+            for v in parts:
+                pair = v.registers.flat[half]
+                sums.append(arith.addf(*(vector.extract(pair, [], [e]) for e in range(2))))
+            number = c(0.0, f32)
+            if sums:
+                if len(sums) == 2:  # both halves of the threads have both
+                    sums = [arith.addf(v, _other(v, 2)) for v in sums]
+                else:
+                    sums = [_shared(*pair, high[1], 2) for pair in zip(sums[:2], sums[2:], strict=True)]
+                number = _shared(*sums, high[0], 1)
+                if len(parts) == 2:
+                    number = arith.select(high[1], c(0.0, f32), number)
+            place = mgpu.utils.getelementptr(pointer, [8 * half * RANKS], f32)
+            void = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(void, [place, number], code, "l,f,~{memory}", has_side_effects=True)
+
+    inline(out, *parts)
+
+
+def _other(v: ir.Value, distance: int) -> ir.Value:
+    """What the thread has whose number differs in one bit."""
+    i32, c = ir.IntegerType.get_signless(32), mgpu.utils.c
+    return nvvm.shfl_sync(c(-1, i32), v, c(distance, i32), c(31, i32), nvvm.ShflKind.bfly)
+
+
+def _shared(low: ir.Value, high: ir.Value, is_high: ir.Value, distance: int) -> ir.Value:
+    """Of two numbers that two threads have, the sum of one: of the latter in that of which `is_high` is true."""
+    own, gone = arith.select(is_high, high, low), arith.select(is_high, low, high)
+    return arith.addf(own, _other(gone, distance))
+
+
+def store_row(out, v: jax.Array, simulated: bool) -> None:
+    """A row of v [32, S], whose rows are all the same, to `out` [S] in global memory; every thread stores its part."""
+    if simulated:
+        out[...] = v[0]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), POS))
+    def inline(ctx, out, v):
+        i32 = ir.IntegerType.get_signless(32)
+        columns = arith.andi(mgpu.utils.thread_idx(), mgpu.utils.c(3, i32))
+        two = ir.VectorType.get((2,), ir.F32Type.get())
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [columns], two)
+        for k, pair in enumerate(v.registers.flat):
+            llvm.store(pair, mgpu.utils.getelementptr(pointer, [4 * k], two), alignment=8)
+
+    inline(out, v)

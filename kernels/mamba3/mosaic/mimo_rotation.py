@@ -16,8 +16,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, vector
 
-from . import mimo_weights as of
-from .mimo_pieces import BLOCKS, POS, has_upper_pair
+from .mimo_pieces import BLOCKS, HALF_ROWS, POS, has_upper_pair
+from .mimo_weights import HALVES, unpack_biases
 from .pieces import HALF, WG, N, P, S
 from .wgmma import array_of
 
@@ -79,12 +79,36 @@ def store_turns(ref, cos: jax.Array, sin: jax.Array, ranks: int, simulated: bool
     inline(ref, cos, sin)
 
 
-def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Array:
-    """Biases of a head's B (0) or C (1) that a thread needs. `ref`: what `mimo_weights.pack` made, of one head."""
+def load_turns(ref, ranks: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines that `store_turns` put there, of every position and pair of ranks: [32, S] each."""
     if simulated:
-        rows = range(of.WEIGHTS - 2, of.WEIGHTS)
+        both = lax.bitcast_convert_type(ref[...], jnp.float16).astype(jnp.float32)
+        return tuple(jnp.concatenate([both[..., k]] * (ranks // 2)) for k in range(2))
+    out = plgpu.ShapeDtypeStruct((HALF_ROWS, S), jnp.float32, layout=POS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))
+    def inline(ctx, ref):
+        i32, i8, f32 = *(ir.IntegerType.get_signless(k) for k in (32, 8)), ir.F32Type.get()
+        c, thread, two = mgpu.utils.c, mgpu.utils.thread_idx(), ir.VectorType.get((2,), f32)
+        in_eight, warps = _bits(thread, 2, 3), 1 if ranks == 4 else 2
+        position = arith.addi(in_eight, arith.muli(_bits(thread, 5, warps), c(8, i32)))
+        base = arith.addi(arith.muli(position, c(128, i32)), arith.muli(_bits(thread, 0, 2), c(8, i32)))
+        pointer = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [base], i8)
+        flip, found = arith.andi(in_eight, c(3, i32)), ([], [])
+        for k in range(S // 8):
+            at = mgpu.utils.getelementptr(pointer, [arith.muli(arith.xori(flip, c(k, i32)), c(32, i32))], i8)
+            for numbers, registers in zip(_unpacked(at, 2), found, strict=True):
+                registers.append(vector.from_elements(two, numbers))
+        return tuple(array_of(POS, out.shape, np.array(v)) for v in found)
+
+    return inline(ref)
+
+
+def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Array:
+    """Biases of a head's B (0) or C (1) that a thread needs. `ref`: of one head, from `mimo_weights.pack`."""
+    if simulated:
         return jnp.stack([
-            jnp.concatenate([of.unpack_biases(ref[rank, row])[matrix] for row in rows]) for rank in range(ranks)
+            jnp.concatenate([unpack_biases(ref[rank, half])[matrix] for half in range(HALVES)]) for rank in range(ranks)
         ])  # fmt: skip
     out = plgpu.ShapeDtypeStruct(_CARRIED, jnp.bfloat16, layout=WG)
 
@@ -94,7 +118,7 @@ def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Arra
         two, c, thread = ir.VectorType.get((2,), ir.BF16Type.get()), mgpu.utils.c, mgpu.utils.thread_idx()
         at = arith.muli(matrix.registers.flat[0], c(2 * P, i32))
         if ranks == 4:
-            at = arith.addi(at, arith.muli(_bits(thread, 6, 1), c(2 * 4 * P * of.WEIGHTS, i32)))
+            at = arith.addi(at, arith.muli(_bits(thread, 6, 1), c(2 * 4 * P * HALVES, i32)))
         pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
         pointer = mgpu.utils.getelementptr(pointer, [at], i8)
         # Columns 8 j + 2 q are at 64 (j // 4) + 16 q + 4 (j % 4).
@@ -103,7 +127,7 @@ def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Arra
         turning, resting = (mgpu.utils.getelementptr(pointer, [v], i8) for v in (turning, resting))
         registers = []
         for k in range(2):
-            row = 4 * P * (of.WEIGHTS * k + of.WEIGHTS - 2)
+            row = 4 * P * HALVES * k
             places = [(turning, row + 64 * half + 16 * q) for half in range(2) for q in range(2)]
             places += [(resting, row + 4 * P + 16 * q) for q in range(4)]
             registers += [llvm.load(two, mgpu.utils.getelementptr(v, [at], i8), alignment=4) for v, at in places]
@@ -112,21 +136,25 @@ def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Arra
     return inline(ref, matrix)
 
 
-def rotate_rows(raw, outs: list, biases: list[jax.Array], turns: list, ranks: int, simulated: bool) -> None:
-    """B or C of a chunk with biases, rotated, for as many heads as there are `outs`."""
+def rotate_rows(raws: list, outs: list, biases: list[jax.Array], turns: list, ranks: int, simulated: bool) -> None:
+    """B or C of a chunk with biases, rotated, as often as there are `outs`.
+
+    Raw rows or turns that are given several times are read once.
+    """
     if simulated:
-        for out, bias, turn in zip(outs, biases, turns, strict=True):
+        for raw, out, bias, turn in zip(raws, outs, biases, turns, strict=True):
             out[...] = _rotated(raw[...], bias, turn[...], ranks)
         return
-    heads = len(outs)
+    (raws, of_raw), (turns, of_turn) = _once(raws), _once(turns)
     blocks = plgpu.RefType((plgpu.SwizzleTransform(128),))
-    types = (blocks,) * (1 + heads) + (plgpu.RefType(),) * heads + (WG,) * heads
+    types = (blocks,) * (len(raws) + len(outs)) + (plgpu.RefType(),) * len(turns) + (WG,) * len(outs)
 
     @plgpu.inline_mgpu(arg_types=types)
-    def inline(ctx, raw, *given):
+    def inline(ctx, *given):
         i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
         c, thread, pointer = mgpu.utils.c, mgpu.utils.thread_idx(), mgpu.utils.getelementptr
-        outs, turns, biases = given[:heads], given[heads : 2 * heads], given[2 * heads :]
+        count, last = len(raws) + len(outs), len(raws) + len(outs) + len(turns)
+        turns_here, biases = given[count:last], given[last:]
         part, pair = _bits(thread, 0, 3), _bits(thread, 6, 1)
         # Rows that differ by four are in the same half warp, where their 8 bytes are in different banks.
         row = arith.addi(arith.muli(_bits(thread, 3, 1), c(4, i32)), _bits(thread, 4, 1))
@@ -140,20 +168,24 @@ def rotate_rows(raw, outs: list, biases: list[jax.Array], turns: list, ranks: in
         at = arith.addi(at, arith.muli(row, c(128, i32)))
         if ranks == 2:
             at = arith.addi(at, arith.muli(pair, c(2048, i32)))
-        sources, *targets = ([pointer(mgpu.utils.memref_ptr(v), [at], i8) for at in places] for v in (raw, *outs))
-        turns = [pointer(mgpu.utils.memref_ptr(v), [at], i8) for v in turns]
+        matrices = [[pointer(mgpu.utils.memref_ptr(v), [at], i8) for at in places] for v in given[:count]]
+        sources, targets = matrices[: len(raws)], matrices[len(raws) :]
+        turns_here = [pointer(mgpu.utils.memref_ptr(v), [at], i8) for v in turns_here]
         for j in range(2):
-            of_heads = [_unpacked(pointer(v, [1024 * j], i8)) for v in turns]
+            both = [_unpacked(pointer(v, [1024 * j], i8)) for v in turns_here]
             for k in range(2):
                 offset = 4096 * j + 2048 * k
                 loaded = [
-                    v
-                    for source, words in zip(sources, (2, 2, 4), strict=True)
-                    for v in _load(pointer(source, [offset], i8), words)
+                    [
+                        v
+                        for place, words in zip(source, (2, 2, 4), strict=True)
+                        for v in _load(pointer(place, [offset], i8), words)
+                    ]
+                    for source in sources
                 ]
-                for to, bias, (cos, sin) in zip(targets, biases, of_heads, strict=True):
-                    words = list(bias.registers.flat)[8 * k : 8 * k + 8]
-                    added = [arith.addf(a, b) for a, b in zip(loaded, words, strict=True)]
+                for to, bias, raw, turn in zip(targets, biases, of_raw, of_turn, strict=True):
+                    words, (cos, sin) = list(bias.registers.flat)[8 * k : 8 * k + 8], both[turn]
+                    added = [arith.addf(a, b) for a, b in zip(loaded[raw], words, strict=True)]
                     wide = [number for v in added[:4] for number in _widened(v)]
                     four = list(zip(wide[:4], wide[4:], cos, sin, strict=True))
                     turned = [
@@ -163,7 +195,13 @@ def rotate_rows(raw, outs: list, biases: list[jax.Array], turns: list, ranks: in
                     for v, numbers in zip(to, [*map(_narrowed, turned), added[4:]], strict=True):
                         _store(pointer(v, [offset], i8), numbers)
 
-    inline(raw, *outs, *turns, *biases)
+    inline(*raws, *outs, *turns, *biases)
+
+
+def _once(given: list) -> tuple[list, list[int]]:
+    """What is given, once each, and the number of each one there."""
+    found = list({id(v): v for v in given}.values())
+    return found, [next(k for k, one in enumerate(found) if one is v) for v in given]
 
 
 def _rotated(raw: jax.Array, biases: jax.Array, turns: jax.Array, ranks: int) -> jax.Array:
@@ -197,14 +235,15 @@ def _store(pointer: ir.Value, pairs: list[ir.Value]) -> None:
     llvm.store(vector.from_elements(ir.VectorType.get((len(words),), i32), words), pointer, alignment=4 * len(words))
 
 
-def _unpacked(pointer: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
-    """Cosines and sines of four angles."""
+def _unpacked(pointer: ir.Value, count: int = 4) -> tuple[list[ir.Value], list[ir.Value]]:
+    """Cosines and sines of so many angles."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     two, halves = ir.VectorType.get((2,), f32), ir.VectorType.get((2,), ir.F16Type.get())
-    loaded, one = llvm.load(ir.VectorType.get((4,), i32), pointer, alignment=16), ir.VectorType.get((1,), i32)
+    loaded = llvm.load(ir.VectorType.get((count,), i32), pointer, alignment=4 * count)
+    one = ir.VectorType.get((1,), i32)
     pairs = [
         arith.extf(two, vector.bitcast(halves, vector.extract_strided_slice(one, loaded, [k], [1], [1])))
-        for k in range(4)
+        for k in range(count)
     ]
     return tuple([vector.extract(v, [], [e]) for v in pairs] for e in range(2))
 

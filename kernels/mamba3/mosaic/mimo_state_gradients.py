@@ -4,18 +4,17 @@ Notation as in mimo_forward.py and mimo_gradients.py. Per chunk, in registers, w
 
     G ← 2^(L_end) G + Σ_q (2^L ⊙ g_q)ᵀ C_q
 
-G after every chunk is written as it is before that step, and with it what a step of the decay or of a phase does to all
-that comes later: <G, H> by coordinate, and the parts of <G, J H>, where H follows the chunk. A sequence may be cut into
-segments, as in the forward.
+G after every chunk is written as it is before that step. A sequence may be cut into segments, as in the forward.
 
-Shared memory is used without automatic barriers. The warpgroup meets at two points of a chunk:
-  A  Rotated C is in place of the raw one, 2^L ⊙ g in `scaled`, G in `narrow`. Every warp has read ω, dy, z and the
-     coefficients: those of the next chunk may arrive. G may leave.
-  C  Every warp's products with C, `scaled`, G and H are done, and G has left: they may change, the next C and H arrive.
-Before A every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
+The heads of a program read the same raw C and ω, which have two slots; the first head's warpgroup asks for them. Shared
+memory is safe without automatic barriers by `free`, at which every thread arrives when it has rotated a slot of raw C,
+and by two points where a warpgroup meets: A, where cosines and sines are there and G may leave, every warp has read dy,
+z and the coefficients, so that those of the next chunk may arrive, and its products of the chunk before are done; B,
+where C is rotated, cosines and sines may change, and G has left. What arrives has its own barrier.
 """
 
 import functools
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,43 +22,44 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from . import mimo_weights as of
 from .forward import Prepared
-from .mimo_pieces import POS, ROWS, blocks, iotas, join, positions, positions_layout, split, spread
-from .mimo_turning import by_parts, get_rates, get_rows, in_rows, rates_of_chunk, rotate, turn
+from .mimo_mixing import gated, to_rows
+from .mimo_pieces import ROWS, blocks, iotas, positions
+from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
+from .mimo_turning import by_parts, get_rates, get_rows, in_rows, phases, rates_of_chunk
+from .mimo_weights import MIMO_O, MIMO_Z, Packed
 from .pieces import (
     COEFFICIENTS,
     DECAY,
     GRID,
-    HALF,
     PARAMETERS,
     WG,
     N,
     P,
     S,
+    cos_sin,
+    load_cols,
     load_rows,
-    load_tile,
+    meet,
     opaque_zero,
-    pick,
-    rows,
+    publish,
     tile,
     widen,
 )
-from .pieces import iotas as square_iotas
 from .segment_states import added_shapes, count_remembered_after, load_state, no_state, pass_through, store_added
 from .wgmma import begin, product, settle
 
-# Rows of what is written per chunk, float32 [N / 2] each: <G, H> by coordinate, summed over both halves of them; and
-# <G, J H> in two parts, by coordinate of G.
-FLOWS = 2
-FLOW, TURNED_FLOW = range(FLOWS)
+
+def choose_together(per_group: int) -> int:
+    """Heads of a program, of so many in a group."""
+    return math.gcd(per_group, 4)
 
 
 def state_gradients(
-    dy: jax.Array, z: jax.Array | None, c: jax.Array, prepared: Prepared, weights: jax.Array, chunk_ssm: jax.Array,
+    dy: jax.Array, z: jax.Array | None, c: jax.Array, prepared: Prepared, weights: Packed,
     last_grad: jax.Array | None, *, segments: int, interpret=None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The gradient of H after every chunk, its flows there but for the last, and the gradient before the first token.
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The gradient of H after every chunk, and before the first token.
 
     Args:
       dy: gradient of the output, [b, l, h, P] bfloat16 or, without gate, as rows [b, h, chunks, ROWS, P]; l is a whole
@@ -68,126 +68,124 @@ def state_gradients(
       c: C, [b, l, r, g, N] bfloat16.
       prepared: from prepare.py, for chunks of 64 / r positions.
       weights: from `mimo_weights.pack`.
-      chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
       last_grad: gradient of H after the last token, [b, h, P, N] float32; None = zeros.
       segments: of the sequence; all but the last have equally many chunks.
       interpret: parameters of the interpreter, if it is to run the kernels.
 
     Returns:
-      [b, h, chunks, P, N] bfloat16, [b, h, chunks, FLOWS, N / 2] and [b, h, P, N] float32.
+      [b, h, chunks, P, N] bfloat16 and [b, h, P, N] float32.
     """
-    given = (dy, z, c, prepared, weights, chunk_ssm)
+    given = (dy, z, c, prepared, weights)
     after = _walk(*given, None, (), segments, True, interpret) if segments > 1 else ()
     return _walk(*given, last_grad, after, segments, False, interpret)
 
 
-def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: int, states_only: bool, interpret):
+def _walk(dy, z, c, prepared, weights, last_grad, after, segments: int, states_only: bool, interpret):
     """Walks every segment. `states_only`: but the first, from G = 0; returns what each adds to G, and its decay.
 
-    `after` is what that returned (segment_states.py).
+    `after` is what that returned (segment_states.py). Every warpgroup has a head of its own.
     """
     batch, length, ranks, groups, _ = c.shape
-    heads = weights.shape[0]
-    span, layout = positions(ranks), positions_layout(ranks)
+    heads = weights.mimo.shape[0]
+    span = positions(ranks)
     per_group, chunks = heads // groups, length // span
     most = -(-chunks // segments)
+    together = choose_together(per_group)
     simulated = interpret is not None
 
     def body(*refs):
-        dy_ref, z_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, *refs = refs
+        dy_ref, z_ref, c_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, *refs = refs
         if states_only:
             total_ref, *refs = refs
-        else:
-            ssm_ref, *refs = refs
         if last_grad is not None:
             last_ref, *refs = refs
         if after:
             added_ref, decay_ref, *refs = refs
-        if states_only:
-            added_out, decay_out, *refs = refs
-        else:
-            grads_ref, flow_ref, first_ref, *refs = refs
-        (all_c, all_dy, all_z, all_scaled, all_rates, all_here, all_start, all_narrow, all_following,
-         early_here, c_here, following_here) = refs  # fmt: skip
-        index, segment, head = (lax.axis_index(name) for name in GRID)
+        (grads_ref, first_ref, raw, all_rates, all_rotated, all_dy, all_z, all_turns, all_here, all_start, all_narrow,
+         early_here, raw_here, free) = refs  # fmt: skip
+        index, segment, program = (lax.axis_index(name) for name in GRID)
+        own = lax.axis_index("warpgroup")
+        head = program * together + own
         if states_only:
             segment = segment + 1
         first = segment * most
         count = jnp.minimum(most, chunks - first) if chunks % segments else most
-        if states_only:
-            count = jnp.minimum(count, count_remembered_after(total_ref.at[index, head], first, most, simulated))
+        if states_only:  # no less than any head of the program needs, as all walk the same chunks
+            totals = [total_ref.at[index, program * together + k] for k in range(together)]
+            count = jnp.minimum(count, count_remembered_after(totals, first, most, simulated))
 
         def get_early(back):
             ci = first + count - 1 - back
-            at, here = (index, head, ci), pl.ds(ci * span, span)
-            plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[0], early_here)
-            plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[0], early_here)
-            get_rates(rate_ref, index, ci, all_rates.at[0], early_here)
-            if z is None:
-                plgpu.copy_gmem_to_smem(dy_ref.at[at], all_dy.at[0], early_here)
-            else:
-                plgpu.copy_gmem_to_smem(dy_ref.at[index, here, head], all_dy.at[0], early_here)
-                plgpu.copy_gmem_to_smem(z_ref.at[index, here, head], all_z.at[0], early_here)
+            at, here, barrier = (index, head, ci), pl.ds(ci * span, span), early_here.at[own]
+            plgpu.copy_gmem_to_smem(coefficient_ref.at[at], all_here.at[own], barrier)
+            plgpu.copy_gmem_to_smem(start_ref.at[at], all_start.at[own], barrier)
+            plgpu.copy_gmem_to_smem(dy_ref.at[at if z is None else (index, here, head)], all_dy.at[own], barrier)
+            if z is not None:
+                plgpu.copy_gmem_to_smem(z_ref.at[index, here, head], all_z.at[own], barrier)
 
         def get_c(back):
-            ci = index * chunks + first + count - 1 - back
-            get_rows(c_ref, ci, head // per_group, all_c.at[0], c_here, ranks, simulated)
-            if not states_only:
-                # The last chunk has none following: what comes of it is not used.
-                after = jnp.minimum(first + count - back, chunks - 1)
-                plgpu.copy_gmem_to_smem(ssm_ref.at[index, head, after], all_following.at[0], following_here)
+            ci, slot = first + count - 1 - back, lax.rem(back, 2)
+            chunk, barrier = index * chunks + ci, raw_here.at[slot]
+            get_rows(c_ref, chunk, head // per_group, raw.at[slot], barrier, ranks, simulated)
+            get_rates(rate_ref, index, ci, all_rates.at[slot], barrier)
 
         get_early(0)
-        get_c(0)
+
+        @pl.when(own == 0)
+        def _():
+            get_c(0)
+            pl.when(count > 1)(lambda: get_c(1))
+
         state = no_state() if last_grad is None else load_state(last_ref.at[index, head])
         if after:
             added, decays, later = added_ref.at[index, head], decay_ref.at[index, head], segments - 1 - segment
             state = pass_through(state, added, decays, later, lambda back: segments - 2 - back)
-        all_narrow[0] = state.astype(jnp.bfloat16)
+        bias = load_biases(weight_ref.at[head], jnp.int32(1), ranks, simulated)
 
         def chunk(back, carry):
             state, log_decay = carry
-            zero = opaque_zero(simulated)
-            rows_c, scaled, here, start, narrow = (
-                v.at[zero] for v in (all_c, all_scaled, all_here, all_start, all_narrow)
-            )
-            weight = functools.partial(of.load_weight, weight_ref.at[head + zero], ranks=ranks, simulated=simulated)
-            plgpu.barrier_wait(early_here)
-            row, column = iotas(zero, ranks)
-            cos, sin = turn(here, start, all_rates.at[0], row, column, ranks, simulated)
+            slot = lax.rem(back, 2)
+            mine = own + opaque_zero(simulated)
+            here, rotated, turns = all_here.at[mine], all_rotated.at[mine], all_turns.at[mine]
+            if not states_only:
+                all_narrow[mine] = state.astype(jnp.bfloat16)
+            plgpu.barrier_wait(raw_here.at[slot])
+            plgpu.barrier_wait(early_here.at[own])
+            angle = phases(here, all_start.at[mine], all_rates.at[slot], *iotas(mine - own, ranks), ranks, simulated)
+            store_turns(turns, *cos_sin(own_angles(angle, ranks, simulated), simulated), ranks, simulated)
             end = here[DECAY, span - 1]
-            from_start = spread(rows(jnp.exp2(load_rows(here.at[DECAY], layout)), P), simulated)
-            if z is None:
-                both = [widen(g, simulated, POS) for g in split(load_tile(all_dy.at[zero]), simulated)]
-            else:
-                z_wide, dy_wide = (spread(widen(load_tile(v.at[zero], layout), simulated, layout), simulated)
-                                   for v in (all_z, all_dy))  # fmt: skip
-                both = []
-                for rank in range(2):
-                    half = z_wide * weight(rank, of.MIMO_Z)
-                    both.append(dy_wide * weight(rank, of.MIMO_O) * (half * jnp.tanh(half) + half))
-            scaled[...] = join(*((g * from_start).astype(jnp.bfloat16) for g in both), simulated)
-            plgpu.barrier_wait(c_here)
-            rotate(rows_c, rows_c, of.C_BIAS, of.C_REST, weight, cos, sin, simulated)
-            plgpu.commit_smem()  # A
-            pl.when(back + 1 < count)(lambda: get_early(back + 1))
+            g = _of_rows(all_dy.at[mine], None if z is None else all_z.at[mine], mimo_ref.at[head + mine - own], ranks,
+                         simulated)  # fmt: skip
+            scaled = (g * to_rows(jnp.exp2(load_cols(here.at[DECAY])))).astype(jnp.bfloat16)
+            publish(simulated)
+            meet(simulated)  # A
+
+            @pl.when(back + 1 < count)
+            def _():
+                get_early(back + 1)
+
+                @pl.when((own == 0) & (back > 0))
+                def _():
+                    plgpu.barrier_wait(free.at[lax.rem(back + 1, 2)])
+                    get_c(back + 1)
+
             if not states_only:
                 ci = first + count - 1 - back
-                plgpu.copy_smem_to_gmem(all_narrow.at[0], grads_ref.at[index, head, ci])
-                plgpu.barrier_wait(following_here)
-                _flows(narrow, all_following.at[zero], flow_ref.at[index, head, ci], simulated)
+                plgpu.copy_smem_to_gmem(all_narrow.at[own], grads_ref.at[index, head, ci])
+            rotate_rows([raw.at[slot + mine - own]], [rotated], [bias], [turns], ranks, simulated)
+            pl.when(back + 2 < count)(lambda: plgpu.barrier_arrive(free.at[slot]))
+            publish(simulated)
+            if states_only:
+                meet(simulated)  # B
+            else:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # B: this, too, makes the warps meet
             state = begin(state * jnp.exp2(end), simulated)
-            by_column = plgpu.load(scaled.transpose((1, 0)), layout=WG)
-            state = settle(product(state, by_column, rows_c, simulated), 0, simulated)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # C: this, too, makes the warps meet
-            all_narrow[0] = state.astype(jnp.bfloat16)
-            pl.when(back + 1 < count)(lambda: get_c(back + 1))
-            return state, log_decay + end
+            return settle(product(state, scaled, rotated, simulated), 0, simulated), log_decay + end
 
         state, log_decay = lax.fori_loop(0, count, chunk, (state, jnp.float32(0.0)))
         if states_only:
             at = (index, head, segment - 1)
-            store_added(added_out.at[at], decay_out.at[at], state, log_decay)
+            store_added(grads_ref.at[at], first_ref.at[at], state, log_decay)
         else:
 
             @pl.when(segment == 0)
@@ -197,36 +195,29 @@ def _walk(dy, z, c, prepared, weights, chunk_ssm, last_grad, after, segments: in
             plgpu.wait_smem_to_gmem(0)
 
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
-    out = (
-        shape((batch, heads, chunks, P, N), jnp.bfloat16), shape((batch, heads, chunks, FLOWS, HALF), f32),
-        shape((batch, heads, P, N), f32),
-    )  # fmt: skip
-    given = [(prepared.totals if states_only else chunk_ssm,), () if last_grad is None else (last_grad,), after]
+    out = shape((batch, heads, chunks, P, N), jnp.bfloat16), shape((batch, heads, P, N), f32)
+    given = [(prepared.totals,) if states_only else (), () if last_grad is None else (last_grad,), after]
+    values = tile(together, span if z is not None else ROWS, P)
+    barriers = functools.partial(plgpu.Barrier, num_barriers=together)
     return plgpu.kernel(
         body,
         out_type=added_shapes(batch, heads, segments) if states_only else out,
         scratch_types=[
-            blocks(1), *((tile(1, ROWS, P), None) if z is None else (tile(1, span, P), tile(1, span, P))),
-            tile(1, ROWS, P), rates_of_chunk(ranks, 1),
-            plgpu.SMEM((1, COEFFICIENTS, span), f32), plgpu.SMEM((1, S), f32), tile(1, P, N), tile(1, P, N),
-            plgpu.Barrier(num_arrivals=4 + (z is not None)), plgpu.Barrier(num_arrivals=ranks // 2), plgpu.Barrier(),
+            blocks(2), rates_of_chunk(ranks, 2), blocks(together), values, None if z is None else values,
+            plgpu.SMEM((together, span, S), jnp.int32), plgpu.SMEM((together, COEFFICIENTS, span), f32),
+            plgpu.SMEM((together, S), f32), None if states_only else tile(together, P, N),
+            barriers(num_arrivals=3 + (z is not None)), plgpu.Barrier(num_arrivals=ranks // 2 + 1, num_barriers=2),
+            plgpu.Barrier(num_arrivals=together, num_barriers=2),
         ],
-        grid=(batch, segments - states_only, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
-        interpret=interpret, compiler_params=PARAMETERS,
-    )(dy, z, in_rows(c, simulated), *by_parts(prepared), weights, *sum(map(tuple, given), ()))  # fmt: skip
+        grid=(batch, segments - states_only, heads // together), grid_names=GRID, num_threads=together,
+        thread_name="warpgroup", interpret=interpret, compiler_params=PARAMETERS,
+    )(dy, z, in_rows(c, simulated), *by_parts(prepared), *weights, *sum(map(tuple, given), ()))  # fmt: skip
 
 
-def _flows(grad, ssm, out, simulated: bool) -> None:
-    """What FLOWS says, of G and H [P, N] in shared memory: diagonals of products over P."""
-    row, column = square_iotas()
-
-    def add(turned, rest):
-        for acc, first in ((turned, 0), (rest, HALF)):
-            half = pl.ds(first, HALF)
-            plgpu.wgmma(acc, grad.at[:, half].transpose((1, 0)), ssm.at[:, half])
-        turned, rest = (plgpu.wgmma_accumulator_load(acc, wait_n=0) for acc in (turned, rest))
-        out[FLOW] = pick(turned, row, column, 0, simulated) + pick(rest, row, column, 0, simulated)
-        out[TURNED_FLOW] = pick(turned, row, column, S, simulated)
-
-    square = plgpu.ACC((HALF, HALF), jnp.float32)
-    pl.run_scoped(add, square, square)
+def _of_rows(dy, z, mimo, ranks: int, simulated: bool) -> jax.Array:
+    """g of all ranks, transposed: [P, ROWS] float32."""
+    dy = widen(plgpu.load(dy.transpose((1, 0)), layout=WG), simulated)
+    if z is None:
+        return dy
+    z = widen(plgpu.load(z.transpose((1, 0)), layout=WG), simulated)
+    return gated(z, dy, *([load_rows(mimo.at[kind, k]) for k in range(ranks)] for kind in (MIMO_Z, MIMO_O)))

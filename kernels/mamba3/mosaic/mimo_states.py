@@ -20,7 +20,7 @@ from .forward import Prepared
 from .mimo_pieces import blocks, iotas, positions
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
 from .mimo_turning import by_parts, get_rates, get_rows, in_rows, phases, rates_of_chunk
-from .mimo_weights import MIMO_X
+from .mimo_weights import MIMO_X, Packed
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -43,7 +43,7 @@ from .wgmma import begin, product, settle
 
 
 def state_pass(
-    x: jax.Array, b: jax.Array, prepared: Prepared, weights: jax.Array, mimo: jax.Array, *, segments: int,
+    x: jax.Array, b: jax.Array, prepared: Prepared, weights: Packed, *, segments: int,
     finer: int = 1, interpret=None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Of every `finer` part of each segment but the last: what it adds to H, and its decay (N times the same).
@@ -127,7 +127,7 @@ def state_pass(
                     get_b(ci + 1)
 
             plgpu.barrier_wait(b_here.at[slot])
-            rotate_rows(raw.at[slot + mine - own], [rotated], [bias], [turns], ranks, simulated)
+            rotate_rows([raw.at[slot + mine - own]], [rotated], [bias], [turns], ranks, simulated)
             pl.when(ci + 2 < count)(lambda: plgpu.barrier_arrive(b_free.at[slot]))
             plgpu.commit_smem()  # B
             values = [
@@ -155,4 +155,4 @@ def state_pass(
         ],
         grid=(batch, (segments - 1) * finer, heads // together), grid_names=GRID, num_threads=together,
         thread_name="warpgroup", interpret=interpret, compiler_params=PARAMETERS,
-    )(x, in_rows(b, simulated), *by_parts(prepared), prepared.totals, weights, mimo)  # fmt: skip
+    )(x, in_rows(b, simulated), *by_parts(prepared), prepared.totals, *weights)  # fmt: skip

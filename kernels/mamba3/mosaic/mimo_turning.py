@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .forward import Prepared
-from .mimo_pieces import POS, ROWS, join, load_pair, positions, positions_layout, split, spread, store_pair
-from .pieces import STEP_HIGH, STEP_LOW, S, cols, cos_sin, load_cols, widen
+from .mimo_pieces import POS, ROWS, join, positions, positions_layout, split, spread
+from .pieces import STEP_HIGH, STEP_LOW, S, cols, load_cols
 from .wgmma import product, settle
 
 
@@ -57,11 +57,6 @@ def get_rows(ref, chunk, group, to, barrier, ranks: int, simulated: bool) -> Non
         plgpu.copy_gmem_to_smem(source, here.transpose((0, 3, 1, 2, 4)), barrier)
 
 
-def turn(here, start, rates, row, column, ranks: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [32, S] of phases, as `pieces.turn` finds them."""
-    return cos_sin(phases(here, start, rates, row, column, ranks, simulated), simulated)
-
-
 def phases(here, start, rates, row, column, ranks: int, simulated: bool) -> jax.Array:
     """[32, S], in radians.
 
@@ -74,16 +69,3 @@ def phases(here, start, rates, row, column, ranks: int, simulated: bool) -> jax.
     steps = join(*(jnp.concatenate([v, v], axis=1) for v in steps), simulated)
     high, low = split(settle(product(None, steps, rates, simulated), 0, simulated), simulated)
     return (high + low) + cols(load_cols(start, POS), high.shape[0])
-
-
-def rotate(raw, out, bias: int, rest_bias: int, weight, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
-    """B or C of a chunk with bias, rotated; `weight`: of one rank of a pair and a kind, [32, 64]."""
-    turned = []
-    for k, v in enumerate(load_pair(raw, 0, simulated)):
-        v = widen(v + weight(k, bias), simulated, POS)
-        real, imag = v[:, :S], v[:, S:]
-        parts = [real * cos - imag * sin, real * sin + imag * cos]
-        turned.append(jnp.concatenate([part.astype(jnp.bfloat16) for part in parts], axis=1))
-    store_pair(out, 0, *turned, simulated)
-    rest = load_pair(raw, 1, simulated)
-    store_pair(out, 1, *(v + weight(k, rest_bias) for k, v in enumerate(rest)), simulated)

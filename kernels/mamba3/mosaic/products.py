@@ -80,7 +80,7 @@ def column_sums(v: jax.Array, out, scratch, simulated: bool) -> None:
     inline(v, out, scratch)
 
 
-def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool, layout=WG) -> None:
+def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool) -> None:
     """Cosine and sine [.., S] to shared memory in float16, in an order that only `unstash_turns` understands.
 
     Rounded to 2^-12 they are off by an eighth of what bfloat16 is.
@@ -90,7 +90,7 @@ def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool, layout=WG)
             ref[k] = v.astype(jnp.float16).astype(jnp.float32)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WG, WG))
     def inline(ctx, ref, cos, sin):
         f16, i32 = ir.F16Type.get(), ir.IntegerType.get_signless(32)
         four = ir.VectorType.get((4,), i32)
@@ -107,11 +107,11 @@ def stash_turns(ref, cos: jax.Array, sin: jax.Array, simulated: bool, layout=WG)
     inline(ref, cos, sin)
 
 
-def unstash_turns(ref, simulated: bool, layout=WG) -> tuple[jax.Array, jax.Array]:
+def unstash_turns(ref, simulated: bool) -> tuple[jax.Array, jax.Array]:
     """What `stash_turns` put there."""
     if simulated:
-        return tuple(load_tile(ref.at[k], layout) for k in range(2))
-    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=layout)
+        return tuple(load_tile(ref.at[k]) for k in range(2))
+    out = plgpu.ShapeDtypeStruct(ref.shape, jnp.float32, layout=WG)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))
     def inline(ctx, ref):
@@ -130,7 +130,7 @@ def unstash_turns(ref, simulated: bool, layout=WG) -> tuple[jax.Array, jax.Array
             pairs = [vector.from_elements(two, half[k : k + 2]) for k in range(0, len(half), 2)]
             registers = np.empty(len(pairs), dtype=object)
             registers[:] = pairs
-            arrays.append(array_of(layout, out.shape, registers))
+            arrays.append(array_of(WG, out.shape, registers))
         return tuple(arrays)
 
     return inline(ref)

@@ -24,6 +24,7 @@ from ..triton.readout import read_rows
 from . import backward, mimo_backward, mimo_forward
 from .forward import Operands, Prepared, in_chunks, output_pass
 from .mimo_pieces import positions
+from .mimo_state_gradients import choose_together
 from .pieces import COEFFICIENTS, N, P, S, T
 from .prepare import coefficients, phases
 from .states import state_pass
@@ -172,10 +173,10 @@ def _one_after_another(inputs: Inputs, **how: bool) -> tuple:
 @jax.custom_batching.sequential_vmap
 def backward_kernels(inputs: Inputs, prepared: Prepared, chunk_ssm, dy, dssm) -> tuple:
     """What the rank's `kernels` find, one launch after another under vmap."""
-    return backward_in_segments(inputs, prepared, chunk_ssm, dy, dssm, _segments_of(inputs))
+    return backward_in_segments(inputs, prepared, chunk_ssm, dy, dssm, _segments_back(inputs))
 
 
-def choose_segments(batch: int, length: int, heads: int, positions: int = T) -> int:
+def choose_segments(batch: int, length: int, heads: float, positions: int = T) -> int:
     """Of the sequence, so that the GPU is full: all but the last have equally many chunks of `positions`."""
     chunks = math.ceil(length / positions)
     wanted = max(1, min(chunks, round(_PROGRAMS / (batch * heads))))
@@ -184,6 +185,14 @@ def choose_segments(batch: int, length: int, heads: int, positions: int = T) -> 
 
 def _segments_of(inputs: Inputs) -> int:
     return choose_segments(*inputs.seq.x.shape[:3], _positions_of(inputs))
+
+
+def _segments_back(inputs: Inputs) -> int:
+    """For `backward_kernels`: of MIMO a program has several heads, and a multiprocessor one program."""
+    batch, length, heads = inputs.seq.x.shape[:3]
+    ranks, groups = inputs.seq.b.shape[2:4]
+    together = 1 if ranks == 1 else choose_together(heads // groups) / 2
+    return choose_segments(batch, length, heads / together, _positions_of(inputs))
 
 
 def _positions_of(inputs: Inputs) -> int:

@@ -76,13 +76,15 @@ def count_remembered(totals: list, count: int, decay, simulated: bool) -> jax.Ar
     return uniform(jnp.minimum(most, count), simulated)
 
 
-def count_remembered_after(totals, first, count: int, simulated: bool) -> jax.Array:
-    """Of the `count` chunks of a segment from `first` > 0 on, or fewer: how many are not forgotten at its start."""
+def count_remembered_after(totals: list, first, count: int, simulated: bool) -> jax.Array:
+    """Of the `count` chunks of a segment from `first` > 0 on, or fewer: how many are not forgotten at its start, of the
+    heads that `totals` are of.
+    """
 
     def decay(totals, k):
         return totals[jnp.minimum(first + k, totals.shape[0]) - 1] - totals[first - 1]
 
-    return count_remembered([totals], count, decay, simulated)
+    return count_remembered(totals, count, decay, simulated)
 
 
 def count_forgotten(totals, count, most: int, end_of, simulated: bool) -> jax.Array:

@@ -101,7 +101,7 @@ def _walk(dy, z, c, prepared, c_bias, last_grad, after, segments: int, states_on
         first = segment * most
         count = jnp.minimum(most, chunks - first) if chunks % segments else most
         if states_only:
-            count = jnp.minimum(count, count_remembered_after(total_ref.at[index, head], first, most, simulated))
+            count = jnp.minimum(count, count_remembered_after([total_ref.at[index, head]], first, most, simulated))
 
         def span(back):
             return pl.ds((first + count - 1 - back) * T, T)

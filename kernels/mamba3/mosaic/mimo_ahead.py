@@ -1,0 +1,111 @@
+"""The warpgroup of the Mosaic GPU MIMO gradients that makes a head's rows: rotated B and C, X and g of all ranks.
+
+Notation and the rules of shared memory as in mimo_gradients.py.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from .mimo_head_gradients import EARLY_SLOTS, KEYS, OVERLAP, QUERIES, SAME, WITHIN, Shared
+from .mimo_mixing import diagonal, expand, fold, gated, mixing, over_ranks, skips_of, weigh
+from .mimo_pieces import iotas, positions, spread
+from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
+from .mimo_turning import phases
+from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z
+from .pieces import WG, cos_sin, load_rows, meet, opaque_zero, publish, widen
+from .wgmma import product, settle
+
+
+class Asks(NamedTuple):
+    """What lets things arrive; each of a step or a chunk of the program."""
+
+    early: Callable
+    values: Callable
+    chunk: Callable
+
+
+def make_rows(
+    shared: Shared, steps, block: int, at: Callable, asks: Asks, weight_ref, mimo_ref, d_ref, vectors_ref, ranks: int,
+    simulated: bool,
+) -> None:  # fmt: skip
+    """Walks all steps, a head ahead of those who need the rows. `at`: a step's place in the batch, chunk and head."""
+    asks.chunk(0)
+    asks.early(0)
+    asks.values(0)
+
+    @pl.when(steps > 1)
+    def _():
+        asks.early(1)
+        asks.values(1)
+
+    def one(step, _):
+        zero = opaque_zero(simulated)
+        index, ci, head = at(step)
+        slot, early, chunk, k = (f(step, n) for f, n in (
+            (lax.rem, 2), (lax.rem, EARLY_SLOTS), (lax.div, block), (lax.rem, block)))  # fmt: skip
+        biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated) for side in (0, 1)]
+
+        @pl.when(step >= 2)
+        def _():
+            if ranks == 4:
+                plgpu.barrier_wait(shared.empty.at[slot])
+            asks.values(step)
+
+        if block == 1:  # not sooner: those who need the rows read ω, too
+            pl.when(step > 0)(lambda: asks.chunk(chunk))
+        pl.when(k == 0)(lambda: plgpu.barrier_wait(shared.raw_here))
+        plgpu.barrier_wait(shared.early_here.at[early])
+        given = shared.coefficients.at[early + zero], shared.start.at[early], shared.rates.at[lax.rem(chunk, 2)]
+        angle = own_angles(phases(*given, *iotas(zero, ranks), ranks, simulated), ranks, simulated)
+        store_turns(shared.turns.at[slot + zero], *cos_sin(angle, simulated), ranks, simulated)
+        meet(simulated)
+        sides = (QUERIES, KEYS)
+        rotated = [shared.rot.at[slot + zero, side] for side in sides]
+        raw, turns = [shared.raw.at[side + zero] for side in sides], shared.turns.at[slot + zero]
+        rotate_rows(raw, rotated, biases, [turns, turns], ranks, simulated)
+        weights = [[load_rows(mimo_ref.at[head + zero, kind, rank]) for rank in range(ranks)]
+                   for kind in (MIMO_X, MIMO_Z, MIMO_O)]  # fmt: skip
+        plgpu.barrier_wait(shared.values_here.at[slot])
+
+        def load(ref):
+            return plgpu.load(ref.at[slot + zero].transpose((1, 0)), layout=WG)
+
+        shared.values.at[slot + zero, 0].transpose((1, 0))[...] = expand(load(shared.x), weights[0], simulated)
+        if shared.z is not None:
+            g = gated(*(widen(load(v), simulated) for v in (shared.z, shared.dy)), *weights[1:])
+            shared.values.at[slot + zero, 1].transpose((1, 0))[...] = g.astype(jnp.bfloat16)
+        publish(simulated)
+        meet(simulated)  # rows, X and g are there
+        g_tile = shared.dy.at[slot + zero] if shared.z is None else shared.values.at[slot + zero, 1]
+        weighed, overlaps = (v.at[(slot if ranks == 4 else 0) + zero] for v in (shared.weighed, shared.overlaps))
+        scores = product(None, rotated[KEYS], rotated[QUERIES], simulated, b_t=True)
+        over = product(None, shared.values.at[slot + zero, 0], g_tile, simulated, b_t=True)
+        row, column = iotas(zero, ranks)
+        mix = spread(mixing(True, shared.coefficients.at[early + zero], row, column, ranks), simulated)
+        same = spread(jnp.where(row == column, 1.0, 0.0), simulated)
+        eye = skips_of(jnp.float32(1.0), zero)
+        if ranks == 2:
+            pl.when(step >= 1)(lambda: plgpu.barrier_wait(shared.empty.at[1 - slot]))
+        scores = settle(scores, 1, simulated)
+        weighed[...] = weigh(scores, mix, simulated, eye * d_ref[head])
+        over = settle(over, 0, simulated)
+        by_position = over_ranks(over, scores, positions(ranks), simulated)
+        overlaps[...] = weigh(over, mix, simulated)
+        publish(simulated)
+        plgpu.barrier_arrive(shared.full.at[slot])
+        of_same = by_position * same
+        vectors = vectors_ref.at[index, head, ci]
+        vectors[SAME] = jnp.sum(fold(of_same), axis=1)
+        vectors[WITHIN] = jnp.sum(fold((by_position - of_same) * mix), axis=1)
+        vectors[OVERLAP] = jnp.sum(diagonal(over, eye, simulated), axis=1)
+        pl.when(step + 2 < steps)(lambda: asks.early(step + 2))
+        if block > 1:
+            pl.when((k == block - 1) & (step + 1 < steps))(lambda: asks.chunk(chunk + 1))
+        return 0
+
+    lax.fori_loop(0, steps, one, 0)
