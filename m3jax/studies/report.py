@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from m3jax.circumstances import circumstances
 from m3jax.data.atomic import whole_file
 from m3jax.data.tasks import scaled_accuracy
@@ -130,17 +132,18 @@ def write_report(workdir: Path, study: StudyConfig, command: str, commit: str | 
     Returns:
       The paths of what was written.
     """
-    groups = [GroupFiles(workdir, study, group).load_results() for group in _possible_groups(study)]
-    groups = [results for results in groups if results is not None]
-    record = circumstances(commit) | {"command": command, "config": dataclasses.asdict(study), "groups": groups}
-    paths = [workdir / "results.json", workdir / "results.md"]
-    write_json(paths[0], record)
-    seconds = sum(group["seconds"] for group in groups)
-    circumstance = f"{record['device']}, jax {record['jax']}, {seconds / 60:.1f} minutes of training."
-    with whole_file(paths[1]) as file:
-        file.write(f"# {workdir.absolute().name}\n\n    {command}\n\n{circumstance}\n\n{tables(groups)}")
-    paths += [plot_task(workdir / f"{task}.png", task, choices) for task, choices in by_task(groups).items()]
-    return paths
+    with FileLock(workdir / ".report.lock"):  # several processes may end at the same time; the last has all groups
+        groups = [GroupFiles(workdir, study, group).load_results() for group in _possible_groups(study)]
+        groups = [results for results in groups if results is not None]
+        record = circumstances(commit) | {"command": command, "config": dataclasses.asdict(study), "groups": groups}
+        paths = [workdir / "results.json", workdir / "results.md"]
+        write_json(paths[0], record)
+        seconds = sum(group["seconds"] for group in groups)
+        circumstance = f"{record['device']}, jax {record['jax']}, {seconds / 60:.1f} minutes of training."
+        with whole_file(paths[1]) as file:
+            file.write(f"# {workdir.absolute().name}\n\n    {command}\n\n{circumstance}\n\n{tables(groups)}")
+        paths += [plot_task(workdir / f"{task}.png", task, choices) for task, choices in by_task(groups).items()]
+        return paths
 
 
 def _possible_groups(study: StudyConfig) -> Iterator[Group]:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from m3jax.errors import CheckpointError
 from m3jax.studies import sweep
@@ -78,6 +81,18 @@ def test_a_group_that_another_process_has_is_left_to_it(small_study, tmp_path, c
     assert GroupFiles(tmp_path, study, group).load_results() is None
     with GroupFiles(tmp_path, study, group).claimed() as holder:
         assert holder is None
+
+
+def test_reports_of_several_processes_wait_for_each_other(small_study, whole, tmp_path):
+    with ThreadPoolExecutor() as threads:
+        with FileLock(tmp_path / ".report.lock"):
+            writing = threads.submit(write_report, tmp_path, small_study(), "the command", None)
+            with pytest.raises(TimeoutError):
+                writing.result(timeout=0.2)
+            assert not (tmp_path / "results.json").exists()
+            shutil.copytree(whole[0] / "groups", tmp_path / "groups", dirs_exist_ok=True)
+        written = json.loads(writing.result()[0].read_text())
+    assert written["groups"] == [whole[1][1]]
 
 
 def test_packed_rows_are_half_as_many(small_study, tmp_path):

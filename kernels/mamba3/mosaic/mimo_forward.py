@@ -36,11 +36,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..inputs import Inputs
-from .forward import Prepared, in_chunks
+from .forward import Prepared, by_parts, in_chunks
 from .mimo_output import Place, Shared, multiply, rotate_ahead
 from .mimo_pieces import ROWS, positions
 from .mimo_states import state_pass
-from .mimo_turning import by_parts, get_rows, in_rows
+from .mimo_turning import get_rows, in_rows
 from .mimo_weights import Packed, pack
 from .pieces import GRID, PARAMETERS, N, P
 from .segment_states import count_forgotten, load_state, no_state, pass_through

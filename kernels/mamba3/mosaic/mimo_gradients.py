@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .forward import Prepared
+from .forward import Prepared, by_parts
 from .mimo_ahead import Asks, make_rows
 from .mimo_head_gradients import (
     EARLY_SLOTS,
@@ -58,7 +58,7 @@ from .mimo_head_gradients import (
     queries,
 )
 from .mimo_pieces import HALF_ROWS, POS, RANKS, ROWS, add_counted, add_of_ranks, positions, split, unspread
-from .mimo_turning import by_parts, get_rates, get_rows, in_rows
+from .mimo_turning import get_rates, get_rows, in_rows
 from .mimo_weights import Packed
 from .pieces import PARAMETERS, WG, N, P, S
 

@@ -22,11 +22,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .forward import Prepared
+from .forward import Prepared, by_parts
 from .mimo_mixing import gated, to_rows
 from .mimo_pieces import ROWS, blocks, iotas, positions
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
-from .mimo_turning import by_parts, get_rates, get_rows, in_rows, phases, rates_of_chunk
+from .mimo_turning import get_rates, get_rows, in_rows, phases, rates_of_chunk
 from .mimo_weights import MIMO_O, MIMO_Z, Packed
 from .pieces import (
     COEFFICIENTS,

@@ -9,7 +9,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .forward import Prepared
 from .mimo_pieces import POS, ROWS, join, positions, positions_layout, split, spread
 from .pieces import STEP_HIGH, STEP_LOW, S, cols, load_cols
 from .wgmma import product, settle
@@ -19,12 +18,6 @@ def rates_of_chunk(ranks: int, *shape: int) -> plgpu.SMEM:
     """ω of a chunk in its two parts, [2, T, S]."""
     transforms = (plgpu.SwizzleTransform(64),)
     return plgpu.SMEM((*shape, 2, positions(ranks), S), jnp.bfloat16, transforms=transforms)
-
-
-def by_parts(prepared: Prepared) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What belongs to a chunk alone, the rates' parts apart: [b, l, 2, S]."""
-    coefficients, rates, starts, _ = prepared
-    return coefficients, rates.reshape(*rates.shape[:2], 2, S), starts
 
 
 def get_rates(ref, index, chunk, to, barrier) -> None:
