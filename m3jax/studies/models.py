@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from m3jax.config import ModelConfig, build_config
+from m3jax.config import ModelConfig, build_config, require
 from m3jax.models.language_model import LanguageModel
 
 MODELS: dict[str, dict[str, object]] = {
@@ -45,6 +45,8 @@ def model_config(label: str, shared: ModelConfig, d_model: int, n_layers: int, v
     if "attention" in own["mixers"]:
         sizes |= {"attention_heads": heads, "attention_headdim": shared.headdim}
     elif own["mixers"] == "gated_deltanet":
+        expected = f"a multiple of model.d_state, {shared.d_state}, as {label}'s values are n times as wide as keys"
+        require(shared.headdim % shared.d_state == 0, "model.headdim", shared.headdim, expected)
         sizes |= {"gdn_heads": heads, "gdn_headdim": shared.d_state, "gdn_expand_v": shared.headdim // shared.d_state}
     return build_config({"model": dataclasses.asdict(shared) | sizes | own}).model
 

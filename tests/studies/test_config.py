@@ -96,6 +96,8 @@ def test_groups(small_study):
     assert [g.name for g in make_groups(study, ["parity"], ["gdn"])] == ["parity-gdn-8", "parity-gdn-16"]
     with pytest.raises(ConfigError, match="Did you mean 'parity'"):
         make_groups(study, ["parit"])
+    with pytest.raises(ConfigError, match="headdim = 8: expected a multiple of"):
+        make_groups(small_study(grid__models="gdn", model__d_state=16))
 
 
 def test_initial_steps_are_a_setting_of_models_that_have_steps(small_study):
