@@ -40,6 +40,7 @@ CASES = {
     "smallest": Case(b=2, l=63, h=4, p=16, n=16, g=2, s=4),
     "largest": Case(b=1, l=200, h=2, p=128, n=256, g=1, s=64),
     "largest mimo": Case(b=1, l=70, h=2, p=128, n=256, g=1, r=4, s=64),
+    "many small states": Case(b=64, l=40, h=32, p=16, n=32, g=1, s=16),
     "odd sizes": Case(b=3, l=65, h=3, p=24, n=100, g=1, s=25),
     "one token": dataclasses.replace(WIDE, l=1),
     "two tokens": dataclasses.replace(WIDE, l=2, r=4),

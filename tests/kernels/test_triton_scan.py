@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("jax_triton", exc_type=ImportError)
 
 from m3jax.kernels import SCAN_RESIDUALS, mamba3_scan, triton_launch
+from m3jax.kernels.mamba3.inputs import Sequence
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton import scan as triton_scan
+from m3jax.kernels.mamba3.triton.op import Plan
 from tests import tolerances
 from tests.kernels import interpreter
 from tests.kernels.cases import Case, differentiated, make, make_state, outputs_and_gradients, segments
@@ -261,3 +263,12 @@ def test_tensorfloat32_rounds_operands():
     for name, expected in exact.items():
         assert tolerances.rms_ratio(rounded[name], expected) <= tolerances.narrow_rms("float16", 6), name
     assert tolerances.rms_ratio(rounded["y"], exact["y"]) > tolerances.rounding("float32", SISO.n)
+
+
+def test_chunks_are_short_where_many_states_are_small():
+    def plan(**sizes: int):
+        args = make(Case(b=64, l=1, h=32, g=1, s=8, **sizes), "float32")
+        return plans.rules(Sequence(**{name: args.get(name) for name in Sequence._fields}))
+
+    assert plan(p=16, n=32) == Plan(16, segments=1, warps=1, stages=1, value_warps=1, key_heads=1, key_warps=1)
+    assert (plan(p=16, n=64).positions, plan(p=16, n=32, r=2).positions) == (64, 32)

@@ -7,7 +7,7 @@ The gated delta rule, whose values are whole times as wide as keys, has four hea
 numbers, and the initial steps with which it learns:
 
 python experiments/state_tracking/sweep.py --config brackets
-python experiments/state_tracking/sweep.py --config brackets --workdir runs/brackets_gdn --config.grid.models=gdn_negative \
+python experiments/state_tracking/sweep.py --config brackets --config.grid.models=gdn_negative --workdir runs/br_gdn \
     --config.model.expand=4 --config.model.headdim=64 --config.model.d_state=64 --config.grid.initial_steps=0.001-0.1
 """
 

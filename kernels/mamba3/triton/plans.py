@@ -19,6 +19,9 @@ from .op import Plan
 TABLE = Path(__file__).with_name("plans.json")
 _ROWS = 64  # of a chunk: positions · rank
 _PROGRAMS = 256  # that fill a large GPU, two to a multiprocessor
+# States of so many numbers, n · p, pass from chunk to chunk at little cost; where so many, batch · heads, do so side by
+# side, short chunks are faster than products of many rows.
+_SMALL_STATE, _MANY_STATES, _SHORT_CHUNK = 512, 2048, 16
 # Kilobytes that a program may have; other capabilities have 99. The kernels' needs are in docs/performance.md.
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 _SMALL_SHARED_MEMORY = 99
@@ -55,6 +58,8 @@ def rules(seq: Sequence) -> Plan:
     """The plan for a device and shape that nobody measured."""
     batch, length, heads, p = seq.x.shape
     rank, groups, n = seq.b.shape[2:]
+    if rank == 1 and n * p <= _SMALL_STATE and batch * heads >= _MANY_STATES:
+        return Plan(positions=_SHORT_CHUNK, segments=1, warps=1, stages=1, value_warps=1, key_heads=1, key_warps=1)
     positions = max(1, _ROWS // rank)
     segments = max(1, min(math.ceil(length / positions), round(_PROGRAMS / (batch * heads))))
     pipelined = rank == 1 and seq.x.dtype.itemsize == 2 and n * p <= 128 * 64 and compute_capability() in _PIPELINED
