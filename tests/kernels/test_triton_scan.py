@@ -266,9 +266,10 @@ def test_tensorfloat32_rounds_operands():
 
 
 def test_chunks_are_short_where_many_states_are_small():
-    def plan(**sizes: int):
+    def plan(chunk_size: int | None = None, **sizes: int):
         args = make(Case(b=64, l=1, h=32, g=1, s=8, **sizes), "float32")
-        return plans.rules(Sequence(**{name: args.get(name) for name in Sequence._fields}))
+        return plans.rules(Sequence(**{name: args.get(name) for name in Sequence._fields}), chunk_size)
 
     assert plan(p=16, n=32) == Plan(16, segments=1, warps=1, stages=1, value_warps=1, key_heads=1, key_warps=1)
     assert (plan(p=16, n=64).positions, plan(p=16, n=32, r=2).positions) == (64, 32)
+    assert plan(chunk_size=64, p=16, n=32).warps == 4

@@ -32,7 +32,7 @@ _forced: Plan | None = None
 
 def choose_plan(seq: Sequence, chunk_size: int | None) -> Plan:
     """The plan for inputs of this shape: the table's for its bucket, or the rules'."""
-    plan = rules(seq)
+    plan = rules(seq, chunk_size)
     if _forced is not None:
         return _fitted(_forced, seq)
     tuned = _table().get(jax.local_devices()[0].device_kind, {}).get(bucket(seq))
@@ -54,11 +54,12 @@ def forced(plan: Plan) -> Iterator[None]:
         _forced = before
 
 
-def rules(seq: Sequence) -> Plan:
-    """The plan for a device and shape that nobody measured."""
+def rules(seq: Sequence, chunk_size: int | None = None) -> Plan:
+    """The plan for a device and shape that nobody measured, and if given for chunks of about that size."""
     batch, length, heads, p = seq.x.shape
     rank, groups, n = seq.b.shape[2:]
-    if rank == 1 and n * p <= _SMALL_STATE and batch * heads >= _MANY_STATES:
+    many_small = rank == 1 and n * p <= _SMALL_STATE and batch * heads >= _MANY_STATES and seq.x.dtype.itemsize == 4
+    if many_small and (chunk_size is None or chunk_size <= _SHORT_CHUNK):
         return Plan(positions=_SHORT_CHUNK, segments=1, warps=1, stages=1, value_warps=1, key_heads=1, key_warps=1)
     positions = max(1, _ROWS // rank)
     segments = max(1, min(math.ceil(length / positions), round(_PROGRAMS / (batch * heads))))
