@@ -1,8 +1,8 @@
 """Modular arithmetic with brackets, without multiplication: a curriculum from length 8 to 160, tested at 256.
 
-The model, tasks' lengths and optimizer of mamba3_paper.py, but for what this task takes (docs/state_tracking.md): many
-narrow heads (32 with states of 16 x 32), an MLP, a curriculum that begins with expressions of a few digits, five
-seeds at one rate, which falls from the length of 80 on, and an average of parameters, measured as training goes.
+As mamba3_paper.py but for what this task takes (docs/state_tracking.md): many narrow heads (32 with states of 16 x 32),
+an MLP, a curriculum that begins with expressions of a few digits, five seeds at one rate, which falls from the length
+of 120 on, and an average of parameters, measured as training goes.
 The gated delta rule, whose values are whole times as wide as keys, has four heads with states of 64 x 64, as many
 numbers, and the initial steps with which it learns:
 
