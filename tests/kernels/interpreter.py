@@ -12,6 +12,7 @@ from m3jax.kernels.cached_attention import api as cached_attention_api
 from m3jax.kernels.few_rows import api as few_rows_api
 from m3jax.kernels.gated_delta import api as gated_delta_api
 from m3jax.kernels.mamba3 import api
+from m3jax.kernels.mamba3.triton import scan as triton_scan
 
 _patch_tensors = interpreter._patch_lang_tensor
 
@@ -120,3 +121,5 @@ def use(monkeypatch) -> None:
     monkeypatch.setattr(triton_launch, "call_kernel", call_kernel)
     for module in (api, cached_attention_api, few_rows_api, gated_delta_api):
         monkeypatch.setattr(module, "no_triton_here", lambda: None)
+    # Else what a test patches may be missing in what an earlier one has traced.
+    monkeypatch.setattr(triton_scan, "_scan", triton_scan._scan.__wrapped__)

@@ -64,6 +64,7 @@ def main() -> None:
     print(json.dumps({
         "one chunk": calls(run, *one_chunk),
         "segments": calls(run, *rest),
+        "two layers": calls(lambda seq, *rest: run(seq._replace(x=run(seq, *rest)[0]), *rest), *one_chunk),
         "documents": calls(run, *one_chunk, shape(BATCH, 64, dtype=jnp.int32)),
         "vmap": calls(jax.vmap(run), *several),
         "gradient": calls(jax.grad(loss, argnums=(0, 1, 2)), *one_chunk),

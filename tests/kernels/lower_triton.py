@@ -68,6 +68,17 @@ def lower_scan(case: Case, dtype: str, documents: bool, runs: int = 0) -> None:
     assert "stablehlo.while" not in text, "runs that follow one another"
 
 
+def lower_layers() -> None:
+    """Two layers of one shape: the program has every kernel once, and calls it twice."""
+    args = arguments(SMALL_SISO, "bfloat16")
+
+    def layer(x):
+        return mamba3_scan(**(args | {"x": x}), implementation="triton")
+
+    one, two = lower(layer, args["x"]), lower(lambda x: layer(layer(x)), args["x"])
+    assert one.count("custom_call @triton_kernel_call_ffi") == two.count("custom_call @triton_kernel_call_ffi") > 0
+
+
 def lower_timed_scan(shape: str, rank: int) -> None:
     """Forward and backward, MIMO in bfloat16, as tune.py's processes lower them and hand them over."""
     args = jax.eval_shape(lambda: tune.timed_inputs(shape, rank))
@@ -187,7 +198,7 @@ def main() -> None:
         lower_timed_scan("B1 L2048", rank=4)
         with jax.default_matmul_precision("tensorfloat32"):
             lower_scan(STUDY, "float32", documents=True, runs=2)
-        lower(lambda args: mamba3_scan(**args, implementation="triton"), arguments(SMALL_SISO, "bfloat16"))
+        lower_layers()
     lower_step(SISO, "float32")
     lower_step(MIMO, "bfloat16")
     lower_gated_delta_step("bfloat16")

@@ -49,6 +49,7 @@ def use(monkeypatch, segments: int) -> None:
     interpreter.use(monkeypatch)
     monkeypatch.setattr(gpu_callbacks, "wgmma", _with_operands_in_registers())
     monkeypatch.setattr(scan, "_unsupported_here", lambda: None)
+    monkeypatch.setattr(scan, "scan", scan.scan.__wrapped__)  # else what is patched below may be an earlier test's
     how = {"segments": segments, "interpret": INTERPRET}
     monkeypatch.setattr(scan, "forward", functools.partial(scan.forward_in_segments, **how))
     monkeypatch.setattr(scan, "forward_saving", functools.partial(scan.forward_in_segments, save=True, **how))

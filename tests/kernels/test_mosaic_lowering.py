@@ -25,6 +25,7 @@ def test_forward_and_gradient_lower():
     calls = {name: [call.partition("_")[0] for call in made] for name, made in json.loads(done.stdout).items()}
     prepare, output = ["triton"] * 2, ["mosaic"]
     assert calls["one chunk"] == calls["documents"] == calls["vmap"] == prepare + output
+    assert calls["two layers"] == calls["one chunk"]  # a program has each kernel once, however many layers call it
     assert calls["segments"] == prepare + 2 * output  # the state of every segment first
     backward = ["mosaic"] * 2  # the gradients of H, then the others
     finish = ["triton"]  # what the gradients' kernel leaves

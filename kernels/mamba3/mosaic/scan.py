@@ -85,6 +85,8 @@ def _is_read_out_elsewhere(seq: Sequence, weights: Weights) -> bool:
     return weights.norm_weight is not None or (seq.z is None and seq.b.shape[2] > 1)
 
 
+# A program then has one copy of the kernels for all its layers of a shape, lowered once.
+@functools.partial(jax.jit, static_argnames=("chunk_size", "norm_eps", "return_state"))
 def scan(
     chunk_size: int | None,
     seq: Sequence,

@@ -1,5 +1,7 @@
 """The Triton implementation behind `mamba3_scan`: what it can take, how it cuts a shape up, and its two ends in JAX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -50,22 +52,36 @@ def scan(
     norm_eps: float,
 ) -> tuple[jax.Array, Mamba3State]:
     """Same contract as `xla.scan`."""
-    acc = jnp.float32
     dtype = seq.x.dtype
     operand = jnp.result_type(*(v for v in (seq.x, seq.b, seq.c, seq.z) if v is not None))
     narrow = {name: None if getattr(seq, name) is None else getattr(seq, name).astype(operand) for name in "xbcz"}
-    wide = {name: getattr(seq, name).astype(acc) for name in ("dt", "a", "lam", "omega")}
+    wide = {name: getattr(seq, name).astype(jnp.float32) for name in ("dt", "a", "lam", "omega")}
     seq = seq._replace(**narrow, **wide)
+    plan = choose_plan(seq, chunk_size)._replace(row_output=weights.norm_weight is not None)
+    y, state = _scan(plan, norm_eps, seq, weights, state, segment_ids)
+    return y.astype(dtype), state._replace(x=state.x.astype(dtype))
+
+
+# A program then has one copy of the kernels for all its layers of a shape, lowered once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scan(
+    plan: op.Plan,
+    norm_eps: float,
+    seq: Sequence,
+    weights: Weights,
+    state: Mamba3State,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, Mamba3State]:
+    acc = jnp.float32
     document = None if segment_ids is None else number_documents(segment_ids)
-    with_norm = weights.norm_weight is not None
-    kernel_seq, kernel_weights = without_readout(seq, weights) if with_norm else (seq, weights)
+    kernel_seq, kernel_weights = without_readout(seq, weights) if plan.row_output else (seq, weights)
     s = seq.omega.shape[-1]
     ssm = op.to_kernel_order(entering_ssm(seq, weights, state, acc), s)
     inputs = op.Inputs(kernel_seq, kernel_weights, ssm, state.angle.astype(acc), document)
-    y, ssm, angle = op.scan(choose_plan(seq, chunk_size)._replace(row_output=with_norm), inputs)
-    if with_norm:
+    y, ssm, angle = op.scan(plan, inputs)
+    if plan.row_output:
         y = read_rows(y, seq, weights, norm_eps)
     ssm = op.from_kernel_order(ssm, s)
     if document is not None:
         ssm, angle = start_at_last_document(ssm, angle, seq, state, document)
-    return y.astype(dtype), leaving_state(angle, ssm, seq, weights, acc)._replace(x=seq.x[:, -1].astype(dtype))
+    return y, leaving_state(angle, ssm, seq, weights, acc)
