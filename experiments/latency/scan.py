@@ -196,7 +196,7 @@ def ceilings(copied: int = 2**31, width: int = 8192) -> dict[str, float]:
       width: of the square matrices that are multiplied.
 
     Returns:
-      Copy bandwidth in TB/s (read and write), by copies of the device's own or by v + 1, whichever is faster, and
+      Copy bandwidth in TB/s (read and write), by the device's own copies or by v + 1, whichever is faster, and
       bfloat16 matrix product rate in TFLOP/s.
     """
     blocks = [jnp.full(copied // 2, i, jnp.bfloat16) for i in range(_COPIES)]
