@@ -17,7 +17,7 @@ class Linear(nn.Module):
     """One weight "kernel" [in, sum(widths)], used as one product for each width where there are many rows.
 
     What follows takes the outputs apart anyway. Separate products spare copies of activations: slices of the output on
-    the way forward and, on the way back, the concatenation of its parts' gradients. Where the rows are fewer than the
+    the way forward and, on the way back, the concatenation of its parts' gradients. Where the rows are no more than the
     inputs, as in decoding, these copies are smaller than those of the weight's parts.
     """
 
@@ -34,7 +34,7 @@ class Linear(nn.Module):
         # variance_scaling's uniform bound is √(3 · scale / fan_in).
         init = nn.initializers.variance_scaling(self.gain**2 / 3, "fan_in", "uniform")
         kernel = self.param("kernel", init, (x.shape[-1], sum(self.widths)), m.param_dtype).astype(m.dtype)
-        if x.size < x.shape[-1] ** 2:
+        if x.size <= x.shape[-1] ** 2:
             y = few_rows_product(
                 x, kernel, scale=scale, epsilon=EPSILON, residual=residual, gated=self.gated,
                 implementation=product_implementation(m),
@@ -43,10 +43,21 @@ class Linear(nn.Module):
         if scale is not None:
             x = rms_norm(x, scale, EPSILON, m.dtype)
         ends = itertools.accumulate(self.widths)
-        ys = [x @ kernel[:, end - width : end] for width, end in zip(self.widths, ends, strict=True)]
+        xs = [x] * len(self.widths) if self.gated else _apart(x, len(self.widths))
+        ys = [x @ kernel[:, end - width : end] for x, width, end in zip(xs, self.widths, ends, strict=True)]
         if self.gated:
             ys = [ys[0] * jax.nn.silu(ys[1])]
         return ys if residual is None else [residual + ys[0].astype(residual.dtype)]
+
+
+def _apart(x: jax.Array, count: int) -> list[jax.Array]:
+    """The array for so many products that XLA is not to make one of, as it does on a GPU where an operand is shared.
+
+    It would join the weights in one copy and part the outputs in others; but for a gate, which reads them as they lie.
+    """
+    if count == 1 or jax.default_backend() != "gpu":
+        return [x] * count
+    return jax.lax.optimization_barrier([x] * count)
 
 
 def product_implementation(config: ModelConfig) -> str | None:
