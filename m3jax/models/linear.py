@@ -25,6 +25,7 @@ class Linear(nn.Module):
     widths: tuple[int, ...]
     gain: float = 1.0  # weights start in U(±gain/√in)
     gated: bool = False  # of two equal widths: one output, the first times silu of the second
+    apart: bool = False  # kernels read the outputs, each an array of its own
 
     @nn.compact
     def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> list[jax.Array]:
@@ -43,21 +44,20 @@ class Linear(nn.Module):
         if scale is not None:
             x = rms_norm(x, scale, EPSILON, m.dtype)
         ends = itertools.accumulate(self.widths)
-        xs = [x] * len(self.widths) if self.gated else _apart(x, len(self.widths))
+        xs = _unjoined(x, len(self.widths)) if self.apart else [x] * len(self.widths)
         ys = [x @ kernel[:, end - width : end] for x, width, end in zip(xs, self.widths, ends, strict=True)]
         if self.gated:
             ys = [ys[0] * jax.nn.silu(ys[1])]
         return ys if residual is None else [residual + ys[0].astype(residual.dtype)]
 
 
-def _apart(x: jax.Array, count: int) -> list[jax.Array]:
-    """The array for so many products that XLA is not to make one of, as it does on a GPU where an operand is shared.
+def _unjoined(x: jax.Array, count: int) -> list[jax.Array]:
+    """The array once for each of so many products.
 
-    It would join the weights in one copy and part the outputs in others; but for a gate, which reads them as they lie.
+    XLA for GPUs makes one product of those that share an operand, if one of them is small, with a copy that joins their
+    weights and others that part the outputs. It takes arrays behind a barrier for different ones.
     """
-    if count == 1 or jax.default_backend() != "gpu":
-        return [x] * count
-    return jax.lax.optimization_barrier([x] * count)
+    return jax.lax.optimization_barrier([x] * count) if jax.default_backend() == "gpu" else [x] * count
 
 
 def product_implementation(config: ModelConfig) -> str | None:

@@ -84,7 +84,7 @@ class Mamba3Mixer(nn.Module):
     def _coefficients(self, u: jax.Array | Normed, own: dict) -> dict[str, jax.Array]:
         m = self.config
         z_width, x_width, *widths = projection_widths(m).values()
-        z, x, rest = Linear(m, (z_width, x_width, sum(widths)), name="in_proj")(u)
+        z, x, rest = Linear(m, (z_width, x_width, sum(widths)), apart=True, name="in_proj")(u)
         seq = mamba3_coefficients(z, x, rest, **own, rank=m.mimo_rank, groups=m.ngroups, norm_eps=EPSILON)
         if m.rotation == "standard":
             seq["dt"], seq["omega"] = _standard_rotation(seq["dt"], m.n_angles)
