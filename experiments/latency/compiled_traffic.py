@@ -11,6 +11,7 @@ out: products are all the library's.
 import collections
 import os
 import re
+import time
 from typing import NamedTuple
 
 import jax
@@ -148,7 +149,7 @@ def pretend_gpu() -> None:
     jax.default_backend = lambda: "gpu"
 
 
-def compiled(config: Config, prefill: bool) -> jax.stages.Compiled:
+def lowered(config: Config, prefill: bool) -> jax.stages.Lowered:
     """The program for one H100; of a prefill, also the most probable next tokens."""
     devices = np.array(topologies.get_topology_desc("H100", "cuda", target_config=_H100, topology="1x1x1").devices)
     names = make_mesh(config).axis_names
@@ -160,7 +161,7 @@ def compiled(config: Config, prefill: bool) -> jax.stages.Compiled:
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "segment_ids")}
         batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         given = jax.eval_shape(lambda: (init_state(config, model), batch, jnp.asarray(True)))
-        return make_train_step(config, model, mesh).trace(*given).lower(lowering_platforms=("cuda",)).compile()
+        return make_train_step(config, model, mesh).trace(*given).lower(lowering_platforms=("cuda",))
 
     def read(params, tokens: jax.Array):
         hidden, state = model.apply({"params": params}, tokens, method="prefill")
@@ -171,7 +172,7 @@ def compiled(config: Config, prefill: bool) -> jax.stages.Compiled:
 
     given = jax.eval_shape(lambda: (init(), jnp.zeros(shape, jnp.int32)))
     given = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, P())), given)
-    return jax.jit(read).trace(*given).lower(lowering_platforms=("cuda",)).compile()
+    return jax.jit(read).trace(*given).lower(lowering_platforms=("cuda",))
 
 
 def main() -> None:
@@ -185,7 +186,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
     changes = {"data.batch_size": options.batch_size, "train.grad_accumulation": 1}
-    program = compiled(read_config(options.config, changes | overrides), options.prefill)
+    began = time.perf_counter()
+    program = lowered(read_config(options.config, changes | overrides), options.prefill)
+    print(f"traced and lowered in {time.perf_counter() - began:.1f} s")
+    program = program.compile()
     launches = kernels_of(program.as_text())
     for kind in ("product", "kernel of ours", "XLA's"):
         of_kind = [k for k in launches if k.kind == kind]
