@@ -13,7 +13,7 @@ weight decay, cosine without warm-up, the optimizer's betas and the number of st
 
 python experiments/recall/sweep.py --config zoology
 
-Run so far: Mamba-3 SISO at one rate, and shorter forms with five of the models (docs/recall.md).
+Run so far: all models but MIMO at one rate, and shorter forms (docs/recall.md).
 """
 
 import numpy as np
