@@ -100,8 +100,8 @@ class TrainingConfig:
     """How every run trains."""
 
     # The curriculum: longest length:steps of every stage in turn; spaces between the lengths of steps that alternate.
-    stages: str = "40:1000"
-    shortest: int = 3  # length in all stages; 0 = all sequences of a step are as long as its longest
+    stages: str = "40:1000"  # or SHORTEST-LONGEST in place of a longest length
+    shortest: int = 3  # length where a stage has none; 0 = all sequences of a step are as long as its longest
     array_lengths: str = "40"  # arrays hold sequences of one of these lengths, the first that is enough; each compiles
     batch_size: int = 256
     packed: bool = False  # two sequences in a row, lengths drawn in pairs of one sum (questions.py): less padding
@@ -130,8 +130,7 @@ class TrainingConfig:
 
     def _span(self, text: str) -> Span:
         span = _span("train.stages", text)
-        require(span.shortest == span.longest, "train.stages", self.stages, "one length for a step, N or N/PAIRS")
-        return span._replace(shortest=self.shortest or span.longest)
+        return span if "-" in text else span._replace(shortest=self.shortest or span.longest)
 
     @property
     def arrays(self) -> tuple[int, ...]:

@@ -197,16 +197,17 @@ class GroupTrainer:
         """Where blocks to be trained start whose arrays no earlier one of them has: `step` of `block`."""
         first: dict[tuple, int] = {}
         for step in range(self.training.step, self._train.steps, self._train.block_steps):
-            shapes = tuple((array, sum(map(len, of.values()))) for array, of in self._kinds(step).items())
+            shapes = tuple((arrays, sum(map(len, of.values()))) for arrays, of in self._kinds(step).items())
             first.setdefault(shapes, step)
         return list(first.values())
 
-    def _kinds(self, step: int) -> dict[int, dict[int | None, list[int]]]:
-        """{length of arrays: {pairs: steps of the block}} of the block that starts after `step` steps."""
-        kinds: dict[int, dict[int | None, list[int]]] = {}
+    def _kinds(self, step: int) -> dict[Span, dict[int | None, list[int]]]:
+        """{lengths that arrays are for: {pairs: steps of the block}} of the block that starts after `step` steps."""
+        kinds: dict[Span, dict[int | None, list[int]]] = {}
         for i, span in enumerate(self._spans[step : step + self._train.block_steps]):
-            array = next(length for length in self._train.arrays if length >= span.longest)
-            kinds.setdefault(array, {}).setdefault(span.pairs, []).append(i)
+            longest = next(length for length in self._train.arrays if length >= span.longest)
+            arrays = Span(span.shortest if span.shortest < span.longest else longest, longest)
+            kinds.setdefault(arrays, {}).setdefault(span.pairs, []).append(i)
         return kinds
 
     def block(self, step: int) -> tuple:
@@ -215,20 +216,20 @@ class GroupTrainer:
         kinds = self._kinds(step)
         kind_and_place = np.zeros((len(spans), 2), np.int32)
         questions = []
-        for kind, (array, of_pairs) in enumerate(kinds.items()):
+        for kind, (arrays, of_pairs) in enumerate(kinds.items()):
             steps = [i for of_task in of_pairs.values() for i in of_task]
             kind_and_place[steps] = [(kind, place) for place in range(len(steps))]
-            answers = max(self._group.answers(Span(array, array, pairs)) for pairs in of_pairs)
-            drawn = [self._draw(step, spans, of_task, array, answers) for of_task in of_pairs.values()]
+            answers = max(self._group.answers(arrays._replace(pairs=pairs)) for pairs in of_pairs)
+            drawn = [self._draw(step, spans, of_task, arrays, answers) for of_task in of_pairs.values()]
             questions.append(jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *drawn))
         return (self._recipe, self.training.state, self._rates, self._data_of_run, jnp.int32(step),
                 jnp.asarray(kind_and_place), tuple(questions))  # fmt: skip
 
-    def _draw(self, before: int, spans: Sequence[Span], steps: list[int], array: int, answers: int) -> Questions:
-        """Draws the batches of a block's steps with one task into arrays for the length `array`."""
+    def _draw(self, before: int, spans: Sequence[Span], steps: list[int], arrays: Span, answers: int) -> Questions:
+        """Draws the batches of a block's steps with one task into arrays for the lengths `arrays`."""
         train, group = self._train, self._group
         lengths = np.array([spans[i][:2] for i in steps]) + group.shift
-        widest = Span(train.shortest or array, array, spans[steps[0]].pairs)
+        widest = arrays._replace(pairs=spans[steps[0]].pairs)
         return draw_block(
             jnp.asarray(self._seeds), *(jnp.asarray(v, jnp.int32) for v in (before + np.array(steps), *lengths.T)),
             task=group.task(widest), batch_size=train.batch_size, answers=answers, bos=train.bos,

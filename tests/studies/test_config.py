@@ -55,7 +55,7 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
         ("optimizer.beta1", 1.0, "config.optimizer.beta1 = 1.0"),
         ("train.stages", "4:6,8", "config.train.stages = '4:6,8': expected LENGTH:STEPS"),
         ("train.stages", "4:9, :3", "config.train.stages = '4:9, :3': expected at least one length for every stage"),
-        ("train.stages", "4-8:12", "config.train.stages = '4-8:12': expected one length for a step"),
+        ("train.stages", "8-4:12", "config.train.stages = '8-4': expected lengths in ascending order"),
         ("train.stages", "4/2:12", "task 'parity_2': not known."),
         ("train.stages", "4 8:9,8:3", "config.train.block_steps = 3: expected a multiple of the 2 lengths"),
         ("train.runs_at_once", 3, "config.train.runs_at_once = 3: expected 0 or a divisor of the 4 runs of a group."),

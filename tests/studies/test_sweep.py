@@ -103,6 +103,19 @@ def test_packed_rows_are_half_as_many(small_study, tmp_path):
     assert shapes["tokens"] == shapes["documents"] == (3, 2, 2, 16) and shapes["targets"] == (3, 2, 2, 2)
 
 
+def test_a_stage_may_have_a_shortest_length_of_its_own(small_study, tmp_path):
+    study = small_study(train__packed=True, train__stages="8:6,16 14-16 14-16:6", train__array_lengths="8,16")
+    (group,) = make_groups(study)
+    *_, kind_and_place, (all_lengths, long) = sweep.GroupTrainer(
+        study, group, GroupFiles(tmp_path, study, group)
+    ).block(6)
+    assert kind_and_place.tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert all_lengths.tokens.shape == (1, 2, 2, 24) and long.tokens.shape == (2, 2, 2, 32)
+    # A sequence of parity asks after its last bit: lengths n count the answer, so the first question is at n - 2.
+    first = long.positions[..., 0]
+    assert first.min() >= 12 and first.max() <= 14
+
+
 def test_what_is_compiled_ahead_is_what_runs(small_study, tmp_path, monkeypatch, caplog):
     study = small_study(train__batch_size=6, train__stages="4:6,16:6", train__array_lengths="4,16")
     (group,) = make_groups(study)
