@@ -13,7 +13,7 @@ pytest.importorskip("jax.experimental.pallas.mosaic_gpu", exc_type=ImportError)
 
 from m3jax.kernels import mamba3_scan
 from m3jax.kernels.mamba3.inputs import Inputs
-from m3jax.kernels.mamba3.mosaic import mimo_backward, mimo_forward, mimo_gradients
+from m3jax.kernels.mamba3.mosaic import mimo_backward, mimo_forward, mimo_gradients, mimo_shares
 from m3jax.kernels.mamba3.mosaic.mimo_pieces import positions
 from m3jax.kernels.mamba3.mosaic.pieces import COEFFICIENTS, N, P, S
 from tests import tolerances
@@ -25,25 +25,24 @@ CASE = Case(b=1, l=T, h=2, p=P, n=N, g=1, s=S, r=4, log_dt=(-6, -2), log_decay=(
 
 
 @needs_new_jax
-@pytest.mark.parametrize(("case", "block", "count", "segments", "packed"), [
-    (dataclasses.replace(CASE, h=1), 1, 1, 1, False),
-    (dataclasses.replace(CASE, b=2, l=4 * T + 9, g=2), 1, 4, 2, False),
-    (dataclasses.replace(CASE, l=4 * T + 8, r=2), 2, 2, 1, True),
-    (dataclasses.replace(CASE, l=2 * T, log_decay=(2, 6)), 1, 1, 2, False),
+@pytest.mark.parametrize(("case", "programs", "segments", "packed"), [
+    (dataclasses.replace(CASE, h=1), 1, 1, False),
+    (dataclasses.replace(CASE, b=2, l=4 * T + 9, g=2), 3, 2, False),
+    (dataclasses.replace(CASE, l=4 * T + 8, r=2), 2, 1, True),
+    (dataclasses.replace(CASE, l=T, h=3, log_decay=(2, 6)), 3, 1, False),
     # Of four chunks of a segment, what follows counts for the next in three of one head, in two of the other.
-    (dataclasses.replace(CASE, l=8 * T, log_dt=(-2.25, -0.75), log_decay=(1, 2)), 2, 2, 2, False),
-    (dataclasses.replace(CASE, l=T + 9, norm=True), 2, 1, 2, False),
-    (dataclasses.replace(CASE, l=2 * T + 8, r=2, bare=True), 1, 2, 1, True),
+    (dataclasses.replace(CASE, l=8 * T, log_dt=(-2.25, -0.75), log_decay=(1, 2)), 3, 2, False),
+    (dataclasses.replace(CASE, l=T + 9, norm=True), 1, 2, False),
+    (dataclasses.replace(CASE, l=2 * T + 8, r=2, bare=True), 3, 1, True),
 ], ids=[
     "one_chunk", "groups", "rank_2_documents", "strong_decay", "forgotten", "norm", "bare_rank_2_documents",
 ])  # fmt: skip
-def test_matches_reference(monkeypatch, case, block, count, segments, packed):
+def test_matches_reference(monkeypatch, case, programs, segments, packed):
     """Each gradient by name, of everything that a scan returns."""
     from tests.kernels import mosaic_interpreter  # noqa: PLC0415 (only where its jax is)
 
     mosaic_interpreter.use(monkeypatch, segments)
-    monkeypatch.setattr(mimo_backward, "choose_block", lambda *_: block)
-    monkeypatch.setattr(mimo_backward, "choose_count", lambda *_: count)
+    monkeypatch.setattr(mimo_shares, "PROGRAMS", programs)
     args, state = mimo_arguments(case)
     options = {"segment_ids": documents(case)} if packed else {}
     run = differentiated(implementation="mosaic", **options)

@@ -33,11 +33,6 @@ def choose_block(batch: int, length: int, heads: int, groups: int) -> int:
     return min((block for block in range(per_group, 0, -1) if per_group % block == 0), key=cost)
 
 
-def choose_count(programs: int) -> int:
-    """How many chunks one program takes in turn, so that every multiprocessor has one program."""
-    return math.ceil(programs / _MULTIPROCESSORS)
-
-
 def kernels(
     given: Operands, prepared: Prepared, chunk_ssm: jax.Array, dy: jax.Array, dssm: jax.Array | None,
     *, segments: int, first: bool, interpret=None,

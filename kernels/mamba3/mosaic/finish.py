@@ -17,20 +17,18 @@ def _rows(vector_ptr, base, t, mask, row: tl.constexpr, T: tl.constexpr, VECTORS
 
 
 @triton.jit
-def _coefficients(
-    chunk, block, batch, chunks,
-    dt_ptr, a_ptr, lam_ptr, doc_ptr, vector_ptr, last_ptr, length,
-    ddt_ptr, da_ptr, dlam_ptr,
-    H: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
-    OVERLAP: tl.constexpr, SCORE: tl.constexpr, FLOW: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
-    TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_LAST: tl.constexpr,
+def of_coefficients(
+    chunk, batch, chunks, head, dt_ptr, a_ptr, lam_ptr, doc_ptr, last_ptr, length, ddt_ptr, da_ptr, dlam_ptr,
+    query, key, key_before, gamma, turn, beyond,
+    H: tl.constexpr, T: tl.constexpr, HAS_DOC: tl.constexpr, HAS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of Δ, A and λ, [b, l, h], of a chunk of T positions and HEADS heads.
+    """Gradients of Δ, A and λ, [b, l, h], of a chunk of T positions and some heads.
 
-    vectors: [b, h, chunks, VECTORS, T] (gradients.py); last, if HAS_LAST: of the log decay beyond the last token,
-    [b, h]. A step of the decay reaches every later position of its chunk, and beyond it what H passes on.
+    A step of the decay reaches every later position of its chunk, and beyond it what H passes on. last, if HAS_LAST: of
+    the log decay beyond the last token, [b, h]. The others are found, [T, heads]: of the log decay by a position as a
+    query and as a key, the latter of the position before, too, of γ, of Δ by phases; and of the decay beyond the
+    chunk, [heads].
     """
-    head = block * HEADS + tl.arange(0, HEADS)
     t = chunk * T + tl.arange(0, T)
     mask = (t < length)[:, None] & (head < H)[None, :]
     before = mask & (t > 0)[:, None]
@@ -43,16 +41,6 @@ def _coefficients(
     lam_before = tl.load(lam_ptr + at - H, mask=before, other=0.0)
     dt_after = tl.load(dt_ptr + at + H, mask=after, other=0.0)
     lam_after = tl.load(lam_ptr + at + H, mask=after, other=0.0)
-
-    base = (batch * H + head).to(tl.int64) * (chunks * VECTORS * T)
-    here = tl.broadcast_to((head < H)[None, :], (T, HEADS))
-    overlap = _rows(vector_ptr, base, t, here, OVERLAP, T, VECTORS)
-    score = _rows(vector_ptr, base, t, here, SCORE, T, VECTORS)
-    flow = _rows(vector_ptr, base, t, here, FLOW, T, VECTORS)
-    query = _rows(vector_ptr, base, t, here, QUERY, T, VECTORS)
-    key = _rows(vector_ptr, base, t, here, KEY, T, VECTORS)
-    key_before = _rows(vector_ptr, base, t - 1, before, KEY, T, VECTORS)
-    turn = _rows(vector_ptr, base, t, here, TURN, T, VECTORS)
 
     half_step = (1.0 - lam) * dt
     half_step_after = (1.0 - lam_after) * dt_after
@@ -67,20 +55,45 @@ def _coefficients(
     # What a document's first token adds by halves to the token before is nothing.
     scale_before = key_before / tl.maximum(lam_before * dt_before + half_step, LEAST_SCALE)
     scale_before = tl.where(begins[:, None], 0.0, scale_before)
-    beyond = tl.sum(flow, 0)
     beyond = tl.where(chunk + 1 < chunks, beyond, 0.0)  # the kernel saw no H after the last chunk
     if HAS_LAST:
         last = tl.load(last_ptr + batch * H + head, mask=head < H, other=0.0)
         beyond = tl.where(chunk + 1 < chunks, beyond, last)
-    within = query - key
-    decay = tl.cumsum(within, 0, reverse=True) + beyond[None, :]
+    decay = tl.cumsum(query - key, 0, reverse=True) + beyond[None, :]
     # Nothing enters a document's first token; and what too little passes is only rounding.
     decay = tl.where(begins[:, None] | (dt * a < _LEAST_LOG_DECAY), 0.0, decay)
 
-    own = scale + score * overlap
+    own = scale + gamma
     tl.store(ddt_ptr + at, a * decay + lam * own + (1.0 - lam) * scale_before + turn, mask=mask)
     tl.store(da_ptr + at, dt * decay, mask=mask)
     tl.store(dlam_ptr + at, dt * (own - scale_before), mask=mask)
+
+
+@triton.jit
+def _coefficients(
+    chunk, block, batch, chunks,
+    dt_ptr, a_ptr, lam_ptr, doc_ptr, vector_ptr, last_ptr, length,
+    ddt_ptr, da_ptr, dlam_ptr,
+    H: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
+    OVERLAP: tl.constexpr, SCORE: tl.constexpr, FLOW: tl.constexpr, QUERY: tl.constexpr, KEY: tl.constexpr,
+    TURN: tl.constexpr, HAS_DOC: tl.constexpr, HAS_LAST: tl.constexpr,
+):  # fmt: skip
+    """`of_coefficients` of HEADS heads. vectors: [b, h, chunks, VECTORS, T] (gradients.py)."""
+    head = block * HEADS + tl.arange(0, HEADS)
+    t = chunk * T + tl.arange(0, T)
+    base = (batch * H + head).to(tl.int64) * (chunks * VECTORS * T)
+    here = tl.broadcast_to((head < H)[None, :], (T, HEADS))
+    overlap = _rows(vector_ptr, base, t, here, OVERLAP, T, VECTORS)
+    score = _rows(vector_ptr, base, t, here, SCORE, T, VECTORS)
+    flow = _rows(vector_ptr, base, t, here, FLOW, T, VECTORS)
+    query = _rows(vector_ptr, base, t, here, QUERY, T, VECTORS)
+    key = _rows(vector_ptr, base, t, here, KEY, T, VECTORS)
+    key_before = _rows(vector_ptr, base, t - 1, here & (t > 0)[:, None], KEY, T, VECTORS)
+    turn = _rows(vector_ptr, base, t, here, TURN, T, VECTORS)
+    of_coefficients(
+        chunk, batch, chunks, head, dt_ptr, a_ptr, lam_ptr, doc_ptr, last_ptr, length, ddt_ptr, da_ptr, dlam_ptr,
+        query, key, key_before, score * overlap, turn, tl.sum(flow, 0), H, T, HAS_DOC, HAS_LAST,
+    )  # fmt: skip
 
 
 @triton.jit

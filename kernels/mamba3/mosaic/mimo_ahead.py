@@ -22,45 +22,44 @@ from .wgmma import product, settle
 
 
 class Asks(NamedTuple):
-    """What lets things arrive; each of a step or a chunk of the program."""
+    """What lets things of a step arrive."""
 
     early: Callable
     values: Callable
-    chunk: Callable
+    rows: Callable  # raw, of its chunk and group
 
 
 def make_rows(
-    shared: Shared, steps, block: int, at: Callable, asks: Asks, weight_ref, mimo_ref, d_ref, vectors_ref, ranks: int,
-    simulated: bool,
+    shared: Shared, first, end, per_group: int, at: Callable, asks: Asks, weight_ref, mimo_ref, d_ref, vectors_ref,
+    ranks: int, simulated: bool,
 ) -> None:  # fmt: skip
-    """Walks all steps, a head ahead of those who need the rows. `at`: a step's place in the batch, chunk and head."""
-    asks.chunk(0)
-    asks.early(0)
-    asks.values(0)
+    """Walks steps from `first` to `end`, a head ahead of those who need the rows. `at`: see mimo_shares.py."""
+    asks.rows(first)
+    asks.early(first)
+    asks.values(first)
 
-    @pl.when(steps > 1)
+    @pl.when(first + 1 < end)
     def _():
-        asks.early(1)
-        asks.values(1)
+        asks.early(first + 1)
+        asks.values(first + 1)
 
     def one(step, _):
         zero = opaque_zero(simulated)
-        index, ci, head = at(step)
-        slot, early, chunk, k = (f(step, n) for f, n in (
-            (lax.rem, 2), (lax.rem, EARLY_SLOTS), (lax.div, block), (lax.rem, block)))  # fmt: skip
+        _, _, head, of = at(step)
+        slot, early = lax.rem(step, 2), lax.rem(step, EARLY_SLOTS)
         biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated) for side in (0, 1)]
 
-        @pl.when(step >= 2)
+        @pl.when(step >= first + 2)
         def _():
             if ranks == 4:
                 plgpu.barrier_wait(shared.empty.at[slot])
             asks.values(step)
 
-        if block == 1:  # not sooner: those who need the rows read ω, too
-            pl.when(step > 0)(lambda: asks.chunk(chunk))
-        pl.when(k == 0)(lambda: plgpu.barrier_wait(shared.raw_here))
+        if per_group == 1:  # not sooner: those who need the rows read ω, too
+            pl.when(step > first)(lambda: asks.rows(step))
+        pl.when((of.member == 0) | (step == first))(lambda: plgpu.barrier_wait(shared.raw_here))
         plgpu.barrier_wait(shared.early_here.at[early])
-        given = shared.coefficients.at[early + zero], shared.start.at[early], shared.rates.at[lax.rem(chunk, 2)]
+        given = shared.coefficients.at[early + zero], shared.start.at[early], shared.rates.at[of.slot]
         angle = own_angles(phases(*given, *iotas(zero, ranks), ranks, simulated), ranks, simulated)
         store_turns(shared.turns.at[slot + zero], *cos_sin(angle, simulated), ranks, simulated)
         meet(simulated)
@@ -90,7 +89,7 @@ def make_rows(
         same = spread(jnp.where(row == column, 1.0, 0.0), simulated)
         eye = skips_of(jnp.float32(1.0), zero)
         if ranks == 2:
-            pl.when(step >= 1)(lambda: plgpu.barrier_wait(shared.empty.at[1 - slot]))
+            pl.when(step > first)(lambda: plgpu.barrier_wait(shared.empty.at[1 - slot]))
         scores = settle(scores, 1, simulated)
         weighed[...] = weigh(scores, mix, simulated, eye * d_ref[head])
         over = settle(over, 0, simulated)
@@ -99,13 +98,13 @@ def make_rows(
         publish(simulated)
         plgpu.barrier_arrive(shared.full.at[slot])
         of_same = by_position * same
-        vectors = vectors_ref.at[index, head, ci]
+        vectors = vectors_ref.at[step]
         vectors[SAME] = jnp.sum(fold(of_same), axis=1)
         vectors[WITHIN] = jnp.sum(fold((by_position - of_same) * mix), axis=1)
         vectors[OVERLAP] = jnp.sum(diagonal(over, eye, simulated), axis=1)
-        pl.when(step + 2 < steps)(lambda: asks.early(step + 2))
-        if block > 1:
-            pl.when((k == block - 1) & (step + 1 < steps))(lambda: asks.chunk(chunk + 1))
+        pl.when(step + 2 < end)(lambda: asks.early(step + 2))
+        if per_group > 1:
+            pl.when((of.member == per_group - 1) & (step + 1 < end))(lambda: asks.rows(step + 1))
         return 0
 
-    lax.fori_loop(0, steps, one, 0)
+    lax.fori_loop(first, end, one, 0)

@@ -1,33 +1,36 @@
-"""The Mosaic GPU MIMO backward: its kernels, and what is left to JAX."""
+"""The Mosaic GPU MIMO backward: its kernels, and the one that makes gradients of the inputs of what they leave."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import triton
 
-from ..cotangents import Parts, phase_flow
-from ..inputs import Inputs, Weights
-from .backward import choose_block, choose_count
+from ...triton_launch import launch
+from ..cotangents import gathered, phase_flow
+from ..inputs import Inputs, Sequence, Weights
 from .forward import Prepared
+from .mimo_finish import finish
 from .mimo_forward import Operands
 from .mimo_gradients import Gradients, gradients
 from .mimo_head_gradients import (
     ALONG,
     FLOW,
-    KEYS,
-    OF_O,
-    OF_X,
-    OF_Z,
+    FLOWS,
     OVERLAP,
-    QUERIES,
     SAME,
     THROUGH,
     TURN,
     TURNED_FLOW,
+    VECTORS,
     WITHIN,
 )
-from .mimo_pieces import positions
+from .mimo_pieces import HALF_ROWS, RANKS, positions
+from .mimo_shares import Shares, share
 from .mimo_state_gradients import state_gradients
-from .pieces import DECAY, OTHER, OWN, N, S
+from .pieces import COEFFICIENTS, DECAY, N, P, S
+
+# Of the kernel in mimo_finish.py: heads at a time, programs whose parts it adds up at a time, columns of these, warps.
+_HEADS, _MANY, _PART, _WARPS = 64, 32, 64, 4
+_LEAST_HEADS = 16  # for a product
 
 
 def kernels(
@@ -46,83 +49,75 @@ def kernels(
       interpret: parameters of the interpreter, if it is to run the kernels.
     """
     x, z, b, c, weights, d = given
-    batch, length, heads, _ = x.shape
     chunk_grad, first_grad = state_gradients(dy, z, c, prepared, weights, dssm, segments=segments, interpret=interpret)
-    ranks = c.shape[2]
-    block = choose_block(batch, length * ranks, heads, b.shape[3])  # of rows, as many to a chunk as there
-    count = choose_count(batch * length // positions(ranks) * (heads // block))
-    found = gradients(
-        x, z, dy, b, c, prepared, weights, d, chunk_ssm, chunk_grad, block=block, count=count, interpret=interpret
-    )
+    shares = _shares(prepared, b.shape[3])
+    found = gradients(x, z, dy, b, c, prepared, weights, d, chunk_ssm, chunk_grad, shares=shares, interpret=interpret)
     return found, first_grad
 
 
-def parts(
+def _shares(prepared: Prepared, groups: int) -> Shares:
+    batch, heads, chunks = prepared.totals.shape
+    return share(batch, chunks, heads, groups)
+
+
+def combine(
     inputs: Inputs, prepared: Prepared, found: Gradients, first_grad: jax.Array,
-    ssm: jax.Array | None, dssm: jax.Array | None,
-) -> Parts:  # fmt: skip
-    """What `cotangents.combine` makes gradients of. `ssm`: H after the last token, needed with its gradient `dssm`."""
-    batch, length, heads, _ = inputs.seq.x.shape
-    ranks, weights = inputs.seq.b.shape[2], inputs.weights
-    span, pairs = positions(ranks), ranks // 2
-    # [b, h, chunks, kinds, T]
-    vectors = found.vectors.reshape(*found.vectors.shape[:-1], pairs, span).sum(axis=-2)
+    ssm: jax.Array | None, dssm: jax.Array | None, dphase: jax.Array | None,
+) -> Inputs:  # fmt: skip
+    """Gradients of the inputs.
 
-    def vector(row: int) -> jax.Array:  # [b, h, chunks, T]
-        return vectors[:, :, :, row]
-
-    def whole(v: jax.Array) -> jax.Array:
-        return v.reshape(batch, heads, -1)[:, :, :length]
-
-    def down(side: int) -> jax.Array:
-        v = found.down[:, side]  # [blocks, b, chunks, 2, 32, N]
-        v = v.reshape(*v.shape[:4], pairs, span, N).transpose(0, 1, 2, 5, 4, 3, 6)
-        return v.reshape(v.shape[0], batch, -1, ranks, N)[:, :, :length]
-
-    def of_weight(v: jax.Array) -> jax.Array:  # [programs, h, .., RANKS] → [h, r, width]
-        return jnp.swapaxes(v.sum(axis=0).reshape(heads, -1, v.shape[-1])[..., :ranks], 1, 2)
-
-    later = np.tri(span, dtype=np.float32)  # a step of the decay reaches every later position
-    # Which no step of the decay scales: it is in ALONG, but not in WITHIN.
-    own, same = prepared.coefficients[:, :, :, OWN], vector(SAME)
-    of_keys = vector(THROUGH) + vector(WITHIN)
-    along = vector(ALONG) - same * jnp.exp2(own) - of_keys
-    decay = jnp.einsum("bhmt,ts->bhms", along, later, precision=jax.lax.Precision.HIGHEST)
-    log_scale = prepared.coefficients[:, :, :, DECAY] - prepared.coefficients[:, :, :, OTHER]
-    # Of H after a chunk: of what was before, and of what the chunk's keys have added.
-    passing = jnp.exp2(prepared.coefficients[:, :, :, DECAY, -1])
-    turned = found.flows[:, :, :, TURNED_FLOW]
-    decay_flow = passing * found.flows[:, :, :, FLOW].sum(axis=-1) + vector(THROUGH).sum(axis=-1)
-    phase_flows = passing[..., None] * (turned[..., S:] - turned[..., :S]) + found.turned
-    # H after the last chunk is known as it stands.
-    last_decay = jnp.zeros_like(decay_flow[:, :, :1])
-    last_phase = jnp.zeros_like(phase_flows[:, :, :1])
+    Args:
+      inputs: of the scan.
+      prepared: of it.
+      found: what `kernels` found.
+      first_grad: likewise.
+      ssm: H after the last token, needed with its gradient.
+      dssm: gradient of that, [b, h, P, N]; None = zeros, as is the next.
+      dphase: gradient of the phase after the last token, [b, h, S].
+    """
+    last = None
     if dssm is not None:
-        last_decay = jnp.sum(dssm * ssm, axis=(-2, -1))[:, :, None]
-        last_phase = phase_flow(dssm, ssm, S, paired=False)[:, :, None]
-    of_weights = {
-        "b_bias": of_weight(found.biases[:, :, KEYS]),
-        "c_bias": of_weight(found.biases[:, :, QUERIES]),
-        "mimo_x": of_weight(found.mimo[:, :, OF_X]),
-        "mimo_z": of_weight(found.mimo[:, :, OF_Z]),
-        "mimo_o": of_weight(found.mimo[:, :, OF_O]),
-        "d": vector(OVERLAP).sum(axis=(0, 2, 3)),
-        "norm_weight": None,
-    }
-    of_weights = {name: None if getattr(weights, name) is None else v for name, v in of_weights.items()}
-    return Parts(
-        x=found.x[:, :length],
-        z=None if found.z is None else found.z[:, :length],
-        b=down(KEYS),
-        c=down(QUERIES),
-        weights=Weights(**of_weights),
-        decay=whole(decay),
-        scale=whole(of_keys * jnp.exp2(-log_scale)),
-        gamma=whole(same),
-        turn=whole(vector(TURN[QUERIES]) + vector(TURN[KEYS])),
-        omega=found.omega.sum(axis=1)[:, :, :length],
-        decay_flow=jnp.concatenate([decay_flow[:, :, :-1], last_decay], axis=2),
-        phase_flow=jnp.concatenate([phase_flows[:, :, :-1], last_phase], axis=2),
-        ssm=None if inputs.ssm is None else first_grad,
-        start_flow=None if inputs.ssm is None else phase_flow(first_grad, inputs.ssm, S, paired=False),
+        last = jnp.sum(dssm * ssm, axis=(-2, -1)), phase_flow(dssm, ssm, S, paired=False), dphase
+    ddt, da, dlam, domega, db, dc, *of_weights = _finished(inputs, prepared, found, last)
+    dstart = None if inputs.phase is None else jnp.zeros_like(inputs.phase)
+    if last is not None and dstart is not None:
+        dstart = last[1] + dphase
+    if inputs.ssm is not None:
+        dstart = dstart - phase_flow(first_grad, inputs.ssm, S, paired=False)
+    names = ("b_bias", "c_bias", "mimo_o", "mimo_z", "mimo_x", "d")
+    weights, given = dict(zip(names, of_weights, strict=True)), inputs.weights._asdict()
+    weights = Weights(**{name: None if given[name] is None else weights[name] for name in Weights._fields})
+    length = inputs.seq.x.shape[1]
+    dz = None if found.z is None else found.z[:, :length]
+    dseq = Sequence(x=found.x[:, :length], dt=ddt, a=da, b=db, c=dc, lam=dlam, omega=domega, z=dz)
+    return gathered(inputs, dseq, weights, None if inputs.ssm is None else first_grad, dstart)
+
+
+def _finished(inputs: Inputs, prepared: Prepared, found: Gradients, last: tuple | None) -> list[jax.Array]:
+    """Gradients of Δ, A, λ, ω, B, C and weights.
+
+    `last`: of the log decay and the phases beyond the last token, by H, and of the phases there.
+    """
+    seq, document = inputs.seq, inputs.document
+    batch, length, heads = seq.dt.shape
+    ranks, groups = seq.b.shape[2:4]
+    shares, span, f32 = _shares(prepared, groups), positions(ranks), jnp.float32
+    nothing = jnp.zeros((1,), jnp.int32)
+    shapes = [(seq.dt.shape, f32)] * 3 + [(seq.omega.shape, f32)] + [(seq.b.shape, seq.b.dtype)] * 2
+    shapes += [((heads, ranks, N), f32)] * 2 + [((heads, ranks, P), f32)] * 3 + [((heads,), f32)]
+    rows = batch * shares.chunks
+    return launch(
+        finish,
+        [seq.dt, seq.a, seq.lam, seq.omega, nothing if document is None else document, prepared.coefficients,
+         found.vectors, found.flows, found.turned, found.down, found.omega, found.biases, found.mimo,
+         *((nothing,) * 3 if last is None else last)],
+        {"length": length, "chunks": shares.chunks, "batches": batch, "programs": shares.programs},
+        [jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        (heads * ((2 * N + 3 * P) * RANKS // _PART + 1) + rows * (1 + 2 * groups), 1, 1), _WARPS,
+        {"H": heads, "T": span, "S": S, "N": N, "P": P, "R": ranks, "RANKS": RANKS, "G": groups,
+         "PER": shares.per_group, "LEAST": shares.least, "LONGER": shares.longer,
+         "HEADS": max(_LEAST_HEADS, min(_HEADS, triton.next_power_of_2(heads))), "MANY": _MANY, "PART": _PART,
+         "ROWS": COEFFICIENTS, "DECAY": DECAY, "VECTORS": VECTORS, "WIDTH": HALF_ROWS, "ALONG": ALONG,
+         "THROUGH": THROUGH, "WITHIN": WITHIN, "SAME": SAME, "OVERLAP": OVERLAP, "TURN": TURN[0], "FLOWS": FLOWS,
+         "FLOW": FLOW, "TURNED": TURNED_FLOW, "HAS_DOC": document is not None, "HAS_LAST": last is not None},
     )  # fmt: skip

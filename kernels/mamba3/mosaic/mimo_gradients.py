@@ -15,9 +15,10 @@ gate g is given, as rows, and y has no gradients to make.
 What passes a chunk's end is <G, H'> by coordinate, with H' after the chunk. It is found without H': of <G, H> and of
 the part of dB that comes through G.
 
-A program has a few chunks, one after another, and walks a block of heads in each. Gradients of B and C, turned back,
-are added up over these heads, as are dω's parts. Gradients of weights are sums over positions, which are added up over
-the program's chunks in global memory.
+A program takes its share of all heads of all chunks, chunk after chunk, and of a chunk group after group
+(mimo_shares.py). Gradients of B and C, turned back, are added up over a group's heads, as are dω's parts, as far as the
+program has them. Gradients of weights are sums over positions, which are added up over the program's chunks in global
+memory.
 
 Shared memory is used without automatic barriers. Rows, X, g and their products have two slots, for two heads (at 2
 ranks the products have one). What arrives has its own barrier; every thread arrives at the others:
@@ -58,11 +59,12 @@ from .mimo_head_gradients import (
     queries,
 )
 from .mimo_pieces import HALF_ROWS, POS, RANKS, ROWS, add_counted, add_of_ranks, positions, split, unspread
+from .mimo_shares import Shares
 from .mimo_turning import get_rates, get_rows, in_rows
 from .mimo_weights import Packed
 from .pieces import PARAMETERS, WG, N, P, S
 
-_GRID = ("block", "program")
+_GRID = ("program",)
 # Of a thread of queries, of keys, of their rows: together no more than three times the 168 that a program begins with.
 REGISTERS = 200, 208, 96
 OF_SIDES = (OF_O, OF_Z), (OF_X,)  # gradients of weights of P
@@ -73,21 +75,23 @@ class Gradients(NamedTuple):
 
     z: jax.Array | None  # [b, l, h, P] bfloat16, as x
     x: jax.Array
-    down: jax.Array  # of C and B, [blocks, SIDES, b, chunks, 2, 32, N] float32, by rank of a pair and row
-    biases: jax.Array  # of theirs, [programs, h, SIDES, 2, N / 2, RANKS] float32
-    mimo: jax.Array  # of mimo_o, mimo_z and mimo_x, [programs, h, 3, P, RANKS] float32
-    vectors: jax.Array  # [b, h, chunks, VECTORS, 32] float32
-    flows: jax.Array  # [b, h, chunks, FLOWS, N / 2] float32
-    turned: jax.Array  # what the chunk's keys add to <G, J H> after it, [b, h, chunks, S] float32
-    omega: jax.Array  # [blocks, SIDES, b, l, S] float32
+    down: jax.Array  # of C and B, [b · chunks · g + programs, SIDES, 2, 32, N] float32, by rank of a pair and row
+    biases: jax.Array  # of theirs, [programs, h, SIDES, 2, N / 2, RANKS] float32, of heads that a program has
+    mimo: jax.Array  # of mimo_o, mimo_z and mimo_x, [programs, h, 3, P, RANKS] float32, likewise
+    vectors: jax.Array  # [b · chunks · h, VECTORS, 32] float32, as the programs come to them
+    flows: jax.Array  # [b · chunks · h, FLOWS, N / 2] float32, likewise
+    turned: jax.Array  # what the chunk's keys add to <G, J H> after it, [b · chunks · h, S] float32, likewise
+    omega: jax.Array  # as down, [.., SIDES, T, S] float32
 
 
 def gradients(
     x: jax.Array, z: jax.Array | None, dy: jax.Array, b: jax.Array, c: jax.Array, prepared: Prepared,
-    weights: Packed, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array, *, block: int, count: int,
-    interpret=None,
+    weights: Packed, d: jax.Array, chunk_ssm: jax.Array, chunk_grad: jax.Array, *, shares: Shares, interpret=None,
 ) -> Gradients:  # fmt: skip
-    """All gradients, or what their sums over chunks, blocks of heads and pairs of ranks are.
+    """All gradients, or what their sums over chunks, groups, programs and pairs of ranks are.
+
+    A group of a chunk whose heads several programs have has its sums in as many places: of the program with the first
+    head in the chunk's own, of the others behind those of all chunks.
 
     Args:
       x: [b, l, h, P] bfloat16, as z and dy; l is a whole number of chunks.
@@ -100,39 +104,32 @@ def gradients(
       d: [h] float32.
       chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
       chunk_grad: the gradient of H after every chunk, likewise.
-      block: heads of a program, a divisor of h / g.
-      count: chunks of a program, one after another.
+      shares: which heads of which chunks a program has.
       interpret: parameters of the interpreter, if it is to run the kernel.
     """
     batch, length, heads, _ = x.shape
     ranks, groups = b.shape[2:4]
     span = positions(ranks)
-    per_group, chunks = heads // groups, length // span
-    programs = -(-batch * chunks // count)
+    chunks = length // span
     simulated = interpret is not None
 
-    def body(*refs):
+    def mimo_gradients(*refs):
         (x_ref, z_ref, dy_ref, c_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, d_ref,
          ssm_ref, grad_ref, ones_ref, *refs) = refs  # fmt: skip
         out, shared = Gradients(*refs[: len(Gradients._fields)]), Shared(*refs[len(Gradients._fields) :])
-        block_index, program = (lax.axis_index(name) for name in _GRID)
-        first = program * count
-        steps = block * (jnp.minimum(count, batch * chunks - first) if batch * chunks % count else count)
-
-        def at(step):
-            """Of a step: its place in the batch, chunk there, head."""
-            chunk, k = first + lax.div(step, block), lax.rem(step, block)
-            return lax.div(chunk, chunks), lax.rem(chunk, chunks), block_index * block + k
+        program = lax.axis_index("program")
+        first, end = shares.of(program)
+        at = shares.place
 
         def ask_early(step):
-            index, ci, head = at(step)
+            index, ci, head, _ = at(step)
             slot = lax.rem(step, EARLY_SLOTS)
             here = shared.early_here.at[slot]
             plgpu.copy_gmem_to_smem(coefficient_ref.at[index, head, ci], shared.coefficients.at[slot], here)
             plgpu.copy_gmem_to_smem(start_ref.at[index, head, ci], shared.start.at[slot], here)
 
         def ask_values(step):
-            index, ci, head = at(step)
+            index, ci, head, _ = at(step)
             slot, value = lax.rem(step, 2), (index, pl.ds(ci * span, span), head)
             here = shared.values_here.at[slot]
             plgpu.copy_gmem_to_smem(x_ref.at[value], shared.x.at[slot], here)
@@ -141,15 +138,15 @@ def gradients(
             if z is not None:
                 plgpu.copy_gmem_to_smem(z_ref.at[value], shared.z.at[slot], here)
 
-        def ask_chunk(chunk):
-            group, to = block_index * block // per_group, shared.rates.at[lax.rem(chunk, 2)]
-            chunk = first + chunk
+        def ask_rows(step):
+            index, ci, head, of = at(step)
+            chunk, group = index * chunks + ci, lax.div(head, shares.per_group)
             for side, source in ((QUERIES, c_ref), (KEYS, b_ref)):
                 get_rows(source, chunk, group, shared.raw.at[side], shared.raw_here, ranks, simulated)
-            get_rates(rate_ref, lax.div(chunk, chunks), lax.rem(chunk, chunks), to, shared.raw_here)
+            get_rates(rate_ref, index, ci, shared.rates.at[of.slot], shared.raw_here)
 
-        def clear(side: int, k, _):
-            head = block_index * block + k
+        def clear(side: int, step, _):
+            head = at(step).head
             add_counted(out.biases.at[program, head, side], None, simulated)
             for kind in OF_SIDES[side]:
                 add_of_ranks(out.mimo.at[program, head, kind], None, simulated)
@@ -158,24 +155,24 @@ def gradients(
         def run(side: int):
             def ask_state(step):
                 source = (ssm_ref, grad_ref)[side]
-                index, ci, head = at(step)
+                index, ci, head, _ = at(step)
                 plgpu.copy_gmem_to_smem(source.at[index, head, ci], shared.states.at[side], shared.states_here.at[side])
 
-            ask_state(0)
-            lax.fori_loop(0, block, functools.partial(clear, side), 0)
+            ask_state(first)
+            lax.fori_loop(first, jnp.minimum(first + heads, end), functools.partial(clear, side), 0)
             if side == QUERIES:
                 plgpu.copy_gmem_to_smem(ones_ref, shared.ones, shared.ones_here)
             plgpu.barrier_wait(shared.ones_here)
 
             def one(step, carry):
-                index, ci, number = at(step)
+                index, ci, number, of = at(step)
                 here, slot = pl.ds(ci * span, span), lax.rem(step, 2)
-                value, place = (out.z, out.x)[side], (index, number, ci)
+                value = (out.z, out.x)[side]
                 to = Written(
                     None if value is None else value.at[index, here, number], out.biases.at[program, number, side],
-                    out.mimo.at[program, number], out.vectors.at[place], out.flows.at[place], out.turned.at[place],
+                    out.mimo.at[program, number], out.vectors.at[step], out.flows.at[step], out.turned.at[step],
                 )  # fmt: skip
-                head = head_of(shared, step, block, mimo_ref, number, ranks, simulated)
+                head = head_of(shared, step, of.slot, mimo_ref, number, ranks, simulated)
                 for of_side in (QUERIES, KEYS)[: side + 1]:
                     plgpu.barrier_wait(shared.states_here.at[of_side])
                 plgpu.barrier_wait(shared.full.at[slot])
@@ -187,26 +184,30 @@ def gradients(
                 def leave():
                     if to.value is not None:
                         plgpu.copy_smem_to_gmem((shared.z, shared.x)[side].at[slot], to.value)
-                    pl.when(step + 1 < steps)(lambda: ask_state(step + 1))
+                    pl.when(step + 1 < end)(lambda: ask_state(step + 1))
 
                 total, domega = finish(side, shared, head, to, down, through, carry, leave)
                 ahead_of = 2 if ranks == 4 else 1  # steps, which wait for this
-                pl.when(step + ahead_of < steps)(lambda: plgpu.barrier_arrive(shared.empty.at[slot]))
+                pl.when(step + ahead_of < end)(lambda: plgpu.barrier_arrive(shared.empty.at[slot]))
 
                 def write(total, domega):
+                    is_whole = step - of.member >= first  # as far as the heads before go
+                    place = jnp.where(is_whole, of.number, batch * chunks * groups + program)
                     for half, part in enumerate(split(total, simulated)):
-                        out.down[block_index, side, index, ci, half] = part
-                    out.omega[block_index, side, index, here] = unspread(domega, ranks, simulated)
+                        out.down[place, side, half] = part
+                    out.omega[place, side] = unspread(domega, ranks, simulated)
                     return _no_sums()
 
-                return lax.cond(lax.rem(step, block) == block - 1, write, lambda *sums: sums, total, domega)
+                last = (of.member == shares.per_group - 1) | (step == end - 1)
+                return lax.cond(last, write, lambda *sums: sums, total, domega)
 
-            lax.fori_loop(0, steps, one, _no_sums())
+            lax.fori_loop(first, end, one, _no_sums())
             plgpu.wait_smem_to_gmem(0)
 
         def ahead():
-            asks = Asks(ask_early, ask_values, ask_chunk)
-            make_rows(shared, steps, block, at, asks, weight_ref, mimo_ref, d_ref, out.vectors, ranks, simulated)
+            asks = Asks(ask_early, ask_values, ask_rows)
+            given = weight_ref, mimo_ref, d_ref
+            make_rows(shared, first, end, shares.per_group, at, asks, *given, out.vectors, ranks, simulated)
 
         roles = (*(functools.partial(run, side) for side in SIDES), ahead)
         for role, (registers, work) in enumerate(zip(REGISTERS, roles, strict=True)):
@@ -217,22 +218,24 @@ def gradients(
                 work()
 
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
+    programs = shares.programs
+    places = batch * chunks * groups + programs
     out = Gradients(
         z=None if z is None else shape(x.shape, x.dtype),
         x=shape(x.shape, x.dtype),
-        down=shape((heads // block, 2, batch, chunks, 2, HALF_ROWS, N), f32),
+        down=shape((places, 2, 2, HALF_ROWS, N), f32),
         biases=shape((programs, heads, 2, 2, N // 2, RANKS), f32),
         mimo=shape((programs, heads, 3, P, RANKS), f32),
-        vectors=shape((batch, heads, chunks, VECTORS, HALF_ROWS), f32),
-        flows=shape((batch, heads, chunks, FLOWS, N // 2), f32),
-        turned=shape((batch, heads, chunks, S), f32),
-        omega=shape((heads // block, 2, batch, length, S), f32),
+        vectors=shape((batch * chunks * heads, VECTORS, HALF_ROWS), f32),
+        flows=shape((batch * chunks * heads, FLOWS, N // 2), f32),
+        turned=shape((batch * chunks * heads, S), f32),
+        omega=shape((places, 2, span, S), f32),
     )
     arrays = plgpu.kernel(
-        body,
+        mimo_gradients,
         out_type=tuple(out),
         scratch_types=Shared.types(ranks, z is not None),
-        grid=(heads // block, programs), grid_names=_GRID, num_threads=3, thread_name="warpgroup",
+        grid=(programs,), grid_names=_GRID, num_threads=3, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, dy, in_rows(c, simulated), in_rows(b, simulated), *by_parts(prepared), *weights, d, chunk_ssm, chunk_grad,
       _ones(ranks))  # fmt: skip

@@ -82,7 +82,6 @@ class Shared(NamedTuple):
     values: jax.Array  # two slots; X and, with a gate, g of all ranks
     weighed: jax.Array  # products of B and C times what they count, rows are keys; with 4 ranks two slots
     overlaps: jax.Array  # of X and g, likewise
-    dphase: jax.Array | None  # with 4 ranks: of queries, in two parts
     ones: jax.Array
     turns: jax.Array  # two slots
     rates: jax.Array  # two slots, for chunks
@@ -112,7 +111,7 @@ class Shared(NamedTuple):
             mimo.blocks(2), mimo.blocks(2, 2), tile(2, P, N), tile(2, span, P), tile(2, span, P) if gated else None,
             tile(2, span if gated else ROWS, P), tile(2, 1 + gated, ROWS, P),
             tile(ranks // 2, ROWS, ROWS), tile(ranks // 2, ROWS, ROWS),
-            tile(HALF_ROWS, 2 * S) if ranks == 4 else None, tile(2, 8, ROWS),
+            tile(2, 8, ROWS),
             floats(2, span, S, dtype=jnp.int32), rates_of_chunk(ranks, 2),
             floats(EARLY_SLOTS, COEFFICIENTS, span), floats(EARLY_SLOTS, S),
             barriers(ranks + 1), barriers(2, EARLY_SLOTS), barriers(2 + gated, 2), barriers(1, 2), barriers(),
@@ -159,11 +158,10 @@ class Head(NamedTuple):
         return widen(plgpu.load(ref.transpose((1, 0)), layout=WG), self.simulated)
 
 
-def head_of(shared: Shared, step, block: int, mimo_ref, number, ranks: int, simulated: bool) -> Head:
-    """What both sides read of a step's head."""
+def head_of(shared: Shared, step, of_rows, mimo_ref, number, ranks: int, simulated: bool) -> Head:
+    """What both sides read of a step's head. `of_rows`: the slot of what a chunk's heads share."""
     zero = opaque_zero(simulated)
-    slot, early, of_chunk = (zero + lax.rem(v, n) for v, n in (
-        (step, 2), (step, EARLY_SLOTS), (lax.div(step, block), 2)))  # fmt: skip
+    slot, early, of_chunk = (zero + v for v in (lax.rem(step, 2), lax.rem(step, EARLY_SLOTS), of_rows))
     g = shared.dy.at[slot] if shared.z is None else shared.values.at[slot, 1]
     return Head(
         (shared.rot.at[slot, QUERIES], shared.rot.at[slot, KEYS]), (g, shared.values.at[slot, 0]),
@@ -248,11 +246,9 @@ def finish(
     for columns in range(2):
         part = slice(64 * columns, 64 * columns + 64)
         store_pair(own, columns, *(v[:, part].astype(jnp.bfloat16) for v in back), simulated)
+    dphase_tile = (head.weighed.at[pl.ds(0, HALF_ROWS)], head.overlaps)[side]
     if side == KEYS:
-        dphase_tile = head.overlaps
         _store_parts(head.overlaps.at[pl.ds(HALF_ROWS, HALF_ROWS)], through.dphase, simulated)
-    else:
-        dphase_tile = head.dy.at[pl.ds(0, HALF_ROWS)] if shared.dphase is None else shared.dphase
     _store_parts(dphase_tile.at[pl.ds(0, HALF_ROWS)], dphase, simulated)
     publish(simulated)
     meet(simulated)  # staged

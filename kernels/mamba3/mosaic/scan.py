@@ -15,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 from ...documents import number_documents
 from ...residuals import SCAN_RESIDUALS
 from ...triton_launch import batch_too_large, launch
-from ..cotangents import combine
 from ..ends import entering_ssm, leaving_state, start_at_last_document
 from ..inputs import Inputs, Sequence, Weights
 from ..readout import without_readout
@@ -146,8 +145,7 @@ def _scan_backward(return_state: bool, residuals, cotangents) -> tuple[Inputs]:
     found, first_grad = backward_kernels(inputs, prepared, chunk_ssm, dy, dssm)
     if inputs.seq.b.shape[2] == 1:
         return (backward.combine(inputs, found, first_grad, ssm, dssm, dangle),)
-    parts = mimo_backward.parts(inputs, prepared, found, first_grad, ssm, dssm)
-    return (combine(inputs, parts, _positions_of(inputs), dangle),)
+    return (mimo_backward.combine(inputs, prepared, found, first_grad, ssm, dssm, dangle),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
