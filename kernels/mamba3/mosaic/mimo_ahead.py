@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from .mimo_head_gradients import EARLY_SLOTS, KEYS, OVERLAP, QUERIES, SAME, WITHIN, Shared
-from .mimo_mixing import diagonal, expand, fold, gated, mixing, over_ranks, skips_of, weigh
-from .mimo_pieces import iotas, positions, spread
+from .mimo_mixing import expand, fold, gated, mixing, of_same_rows, over_ranks, skips_of, weigh
+from .mimo_pieces import column_blocks, iotas, positions, spread, store_diagonal
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
 from .mimo_turning import phases
-from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z
+from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z, touch
 from .pieces import WG, cos_sin, load_rows, meet, opaque_zero, publish, widen
 from .wgmma import product, settle
 
@@ -47,7 +47,11 @@ def make_rows(
         zero = opaque_zero(simulated)
         _, _, head, of = at(step)
         slot, early = lax.rem(step, 2), lax.rem(step, EARLY_SLOTS)
-        biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated) for side in (0, 1)]
+
+        @pl.when(step + 1 < end)
+        def _():
+            for ref in (weight_ref, mimo_ref):
+                touch(ref.at[at(step + 1).head], simulated)
 
         @pl.when(step >= first + 2)
         def _():
@@ -63,6 +67,7 @@ def make_rows(
         angle = own_angles(phases(*given, *iotas(zero, ranks), ranks, simulated), ranks, simulated)
         store_turns(shared.turns.at[slot + zero], *cos_sin(angle, simulated), ranks, simulated)
         meet(simulated)
+        biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated) for side in (0, 1)]
         sides = (QUERIES, KEYS)
         rotated = [shared.rot.at[slot + zero, side] for side in sides]
         raw, turns = [shared.raw.at[side + zero] for side in sides], shared.turns.at[slot + zero]
@@ -85,23 +90,21 @@ def make_rows(
         scores = product(None, rotated[KEYS], rotated[QUERIES], simulated, b_t=True)
         over = product(None, shared.values.at[slot + zero, 0], g_tile, simulated, b_t=True)
         row, column = iotas(zero, ranks)
-        mix = spread(mixing(True, shared.coefficients.at[early + zero], row, column, ranks), simulated)
-        same = spread(jnp.where(row == column, 1.0, 0.0), simulated)
-        eye = skips_of(jnp.float32(1.0), zero)
+        mix = mixing(True, shared.coefficients.at[early + zero], row, column, ranks)
+        apart, mix = (spread(v, simulated) for v in (jnp.where(row == column, 0.0, mix), mix))
         if ranks == 2:
             pl.when(step > first)(lambda: plgpu.barrier_wait(shared.empty.at[1 - slot]))
         scores = settle(scores, 1, simulated)
-        weighed[...] = weigh(scores, mix, simulated, eye * d_ref[head])
+        weighed[...] = weigh(scores, mix, simulated, skips_of(d_ref[head], zero))
         over = settle(over, 0, simulated)
         by_position = over_ranks(over, scores, positions(ranks), simulated)
         overlaps[...] = weigh(over, mix, simulated)
         publish(simulated)
         plgpu.barrier_arrive(shared.full.at[slot])
-        of_same = by_position * same
         vectors = vectors_ref.at[step]
-        vectors[SAME] = jnp.sum(fold(of_same), axis=1)
-        vectors[WITHIN] = jnp.sum(fold((by_position - of_same) * mix), axis=1)
-        vectors[OVERLAP] = jnp.sum(diagonal(over, eye, simulated), axis=1)
+        store_diagonal(vectors.at[SAME], column_blocks(by_position), simulated)
+        store_diagonal(vectors.at[OVERLAP], of_same_rows(over, simulated), simulated)
+        vectors[WITHIN] = jnp.sum(fold(by_position * apart), axis=1)
         pl.when(step + 2 < end)(lambda: asks.early(step + 2))
         if per_group > 1:
             pl.when((of.member == per_group - 1) & (step + 1 < end))(lambda: asks.rows(step + 1))

@@ -96,10 +96,10 @@ def gated(z: jax.Array, dy: jax.Array, of_z: list[jax.Array], of_o: list[jax.Arr
     return jnp.concatenate(parts, axis=1)
 
 
-def diagonal(over: jax.Array, eye: jax.Array, simulated: bool) -> jax.Array:
-    """What adds up, along rows, to the products of rows with themselves: [32, 8]."""
-    total = 0.0
-    for rank, part in enumerate(split(over, simulated)):
-        for one, mask in zip(column_blocks(part)[rank::2], column_blocks(eye), strict=True):
-            total += one * mask
-    return total
+def of_same_rows(over: jax.Array, simulated: bool) -> list[jax.Array]:
+    """Products of rows with rows, added up over both ranks of a pair, [32, 8] of every eight positions and pairs.
+
+    On the diagonal are those of rows with themselves; the rest is of different ranks.
+    """
+    first, second = (column_blocks(part) for part in split(over, simulated))
+    return [a + b for a, b in zip(first[::2], second[1::2], strict=True)]

@@ -255,6 +255,37 @@ def _shared(low: ir.Value, high: ir.Value, is_high: ir.Value, distance: int) -> 
     return arith.addf(own, _other(gone, distance))
 
 
+def store_diagonal(out, blocks: list[jax.Array], simulated: bool) -> None:
+    """To `out` [32] in global memory, of every row the number in the column of its own number.
+
+    blocks: columns in parts of eight, [32, 8] each (POS), which start again if there are fewer than 32. The eight rows
+    of a warp find theirs in one part, two of them in a thread's two columns.
+    """
+    if simulated:
+        row = jnp.arange(HALF_ROWS)
+        out[...] = jnp.concatenate(blocks, axis=1)[row, row % (8 * len(blocks))]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(POS for _ in blocks)))
+    def inline(ctx, out, *blocks):
+        i32, c, ne = ir.IntegerType.get_signless(32), mgpu.utils.c, arith.CmpIPredicate.ne
+        thread = arith.andi(mgpu.utils.thread_idx(), c(127, i32))
+        row, columns = arith.shrui(thread, c(2, i32)), arith.andi(thread, c(3, i32))
+        is_odd = arith.cmpi(ne, arith.andi(row, c(1, i32)), c(0, i32))
+        numbers = [[vector.extract(v.registers.flat[0], [], [e]) for e in (1, 0)] for v in blocks]
+        numbers = [arith.select(is_odd, *pair) for pair in numbers]
+        for bit in range(len(numbers).bit_length() - 1):
+            upper = arith.cmpi(ne, arith.andi(row, c(8 << bit, i32)), c(0, i32))
+            numbers = [arith.select(upper, b, a) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+        apart = arith.xori(arith.andi(arith.shrui(row, c(1, i32)), c(3, i32)), columns)
+        place = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(out), [row], ir.F32Type.get())
+        code = "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p st.global.f32 [$0], $1; }"
+        operands, void = [place, numbers[0], apart], ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, operands, code, "l,f,r,~{memory}", has_side_effects=True)
+
+    inline(out, *blocks)
+
+
 def store_row(out, v: jax.Array, simulated: bool) -> None:
     """A row of v [32, S], whose rows are all the same, to `out` [S] in global memory; every thread stores its part."""
     if simulated:
