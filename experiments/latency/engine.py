@@ -35,7 +35,7 @@ from m3jax.circumstances import circumstances
 from m3jax.cli import read_config, run_main
 from m3jax.config import ModelConfig
 from m3jax.inference.cache import put_rows
-from m3jax.inference.rows import Rows, decode, empty_rows
+from m3jax.inference.rows import READING, Rows, decode, empty_rows
 from m3jax.models.attention import AttentionState
 from m3jax.models.language_model import LanguageModel
 from m3jax.training.flops import forward_flops_per_token
@@ -113,7 +113,7 @@ def check(model: LanguageModel, params: PyTree) -> float:
     return error
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model", compiler_options=READING)
 def prefill(model: LanguageModel, params: PyTree, tokens: jax.Array) -> tuple[PyTree, jax.Array]:
     """The state after prompts [r, n], and their most probable next tokens [r]."""
     hidden, state = model.apply({"params": params}, tokens, None, model.initial_state(*tokens.shape), method="prefill")
@@ -121,7 +121,7 @@ def prefill(model: LanguageModel, params: PyTree, tokens: jax.Array) -> tuple[Py
     return state, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, donate_argnames="rows")
+@functools.partial(jax.jit, donate_argnames="rows", compiler_options=READING)
 def enter(rows: Rows, first: jax.Array, state: PyTree, token: jax.Array, length: int) -> Rows:
     """The rows with these from `first` on, all of which may gain any number of tokens."""
     state, token = put_rows((rows.state, rows.token), first, (state, token))

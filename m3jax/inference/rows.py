@@ -18,6 +18,10 @@ PyTree = Any
 
 NO_TOKEN = -1  # of a row that has ended
 
+# How XLA compiles what reads prompts: not as a CUDA graph, whose hundreds of kernels would have to be told, one by one
+# and before the first may run, where the new state is. A loop of steps has its arrays where they were.
+READING = {"xla_gpu_enable_command_buffer": ""}
+
 
 class Drawing(NamedTuple):
     """How the tokens of each row are drawn."""
@@ -56,7 +60,7 @@ def empty_rows(model: nn.Module, batch: int, capacity: int, stop_tokens: int) ->
     return Rows(model.initial_state(batch, capacity), none, none, none, seen, drawing)
 
 
-@partial(jax.jit, static_argnames="model", donate_argnames="rows")
+@partial(jax.jit, static_argnames="model", donate_argnames="rows", compiler_options=READING)
 def admit(
     model: nn.Module,
     params: PyTree,
@@ -90,7 +94,7 @@ def admit(
     return jax.lax.fori_loop(0, newcomers, enter, rows), drawn
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames="model", compiler_options=READING)
 def read(
     model: nn.Module, params: PyTree, state: PyTree, seen: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, PyTree, jax.Array]:
