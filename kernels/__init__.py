@@ -1,7 +1,7 @@
 """Scans of state space models, and steps of decoding: arrays in, arrays out. Knows jax and nothing else of m3jax."""
 
 from .cached_attention import cached_attention_step
-from .few_rows import few_rows_product
+from .few_rows import Sums, add_and_norm, few_rows_product
 from .gated_delta import gated_delta_scan, gated_delta_step
 from .mamba3 import Mamba3State, mamba3_coefficients, mamba3_projected_step, mamba3_scan, mamba3_step
 from .residuals import SCAN_RESIDUALS
@@ -9,6 +9,8 @@ from .residuals import SCAN_RESIDUALS
 __all__ = [
     "SCAN_RESIDUALS",
     "Mamba3State",
+    "Sums",
+    "add_and_norm",
     "cached_attention_step",
     "few_rows_product",
     "gated_delta_scan",

@@ -1,13 +1,14 @@
-"""Times the products of a decode step at batch 1 beside what memory allows, and whole steps with them and with XLA's.
+"""Times the products of a decode step beside what memory allows, and whole steps with them and with XLA's.
 
-PYTHONPATH=. python experiments/latency/few_rows.py --json OUT [--tiling COLUMNS DEPTH WARPS STAGES ...] [--models siso]
+PYTHONPATH=. python experiments/latency/few_rows.py --json OUT [--rows 128] [--tiling COLUMNS DEPTH WARPS STAGES ...]
 
 A product of configs/1b_siso.py is timed in a loop over the weights of so many layers that all come from memory, each of
 which waits for the one before, as in a model. `copy` reads and writes half the weight's bytes each, `read` reads all of
 them and keeps a number of each 16 KB: both are ceilings. `xla` is what XLA makes of product, norm, gate and residual,
-`triton` the kernel; with --tiling, as often as wanted, other tilings too. Results are checked against float64 before
-they are timed. Programs compile in threads; one that does not is passed over. Then whole steps of the models with
-bfloat16 weights and states, XLA's products and the kernel's in turn, beside the floor as engine.py counts it.
+`triton` the kernel, of several rows with XLA's norm before it and XLA's residual after it; with --tiling, as often as
+wanted, other tilings too, with the number of parts as a fifth for several rows. Results are checked against float64
+before they are timed. Programs compile in threads; one that does not is passed over. Then whole steps of the --models
+with bfloat16 weights and states, XLA's products and the kernel's in turn, beside the floor as engine.py counts it.
 """
 
 import argparse
@@ -31,9 +32,9 @@ from experiments.latency import engine
 from experiments.latency.scan import ceilings
 from experiments.latency.step import TOLERANCE, layers_of, microseconds, relative_error, time_copy
 from m3jax.circumstances import circumstances
-from m3jax.kernels.few_rows import triton_product, xla
+from m3jax.kernels.few_rows import Sums, triton_product, triton_rows, xla
 from m3jax.kernels.few_rows.form import Form
-from m3jax.kernels.few_rows.triton_product import Tiling
+from m3jax.kernels.rms_norm import rms_norm
 from m3jax.kernels.triton_launch import launch
 from m3jax.models import linear
 
@@ -84,7 +85,7 @@ def read(v: jax.Array, more: jax.Array) -> jax.Array:
 class Inputs(NamedTuple):
     """Of one product."""
 
-    xs: jax.Array  # [ROUNDS, 1, in]: one for each round, so that no product can be taken out of the loop
+    xs: jax.Array  # [ROUNDS, rows, in]: one for each round, so that no product can be taken out of the loop
     weights: list[jax.Array]
     scale: jax.Array | None
     residual: jax.Array | None
@@ -98,15 +99,15 @@ def make_weights(shape: Shape) -> list[jax.Array]:
     return [jax.random.normal(key, size, jnp.bfloat16) / np.sqrt(shape.inner).astype(jnp.bfloat16) for key in keys]
 
 
-def make_inputs(shape: Shape, weights: list[jax.Array]) -> Inputs:
+def make_inputs(shape: Shape, weights: list[jax.Array], rows: int) -> Inputs:
     """Random numbers in the dtypes of a model in bfloat16 with its residual stream in float32."""
     keys = jax.random.split(jax.random.key(0), 3)
     x_dtype = jnp.float32 if shape.norm else jnp.bfloat16
     return Inputs(
-        jax.random.normal(keys[0], (ROUNDS, 1, shape.inner), x_dtype),
+        jax.random.normal(keys[0], (ROUNDS, rows, shape.inner), x_dtype),
         weights,
         1 + jax.random.normal(keys[1], (shape.inner,), jnp.bfloat16) / 4 if shape.norm else None,
-        jax.random.normal(keys[2], (1, shape.outer), jnp.float32) if shape.residual else None,
+        jax.random.normal(keys[2], (rows, shape.outer), jnp.float32) if shape.residual else None,
     )
 
 
@@ -116,6 +117,18 @@ def exact_output(shape: Shape, inputs: Inputs, layer: int) -> np.ndarray:
         args = inputs.xs[-1], inputs.weights[layer], inputs.scale, inputs.residual
         wide = jax.tree.map(lambda v: v.astype(jnp.float64), args)
         return np.asarray(jax.jit(xla.product, static_argnames="form")(*wide, form=shape.form()))
+
+
+def kernel(shape: Shape, tiling: triton_product.Tiling | triton_rows.Tiling | None) -> Callable:
+    """The product as a function of x, weight, scale and residual, by a kernel laid out so."""
+
+    def product(x: jax.Array, weight: jax.Array, scale: jax.Array | None, residual: jax.Array | None) -> jax.Array:
+        if x.shape[0] == 1:
+            return triton_product.product(x, weight, scale, residual, shape.form(), tiling)
+        x = x if scale is None else rms_norm(x, scale, EPSILON, weight.dtype)
+        return Sums(residual, triton_rows.product(x, weight, shape.gated, tiling)).added(weight.dtype)
+
+    return product
 
 
 def loop_over_layers(product: Callable) -> Callable:
@@ -140,8 +153,8 @@ def loop_over_layers(product: Callable) -> Callable:
 class Bench:
     """One product: what is timed there, and how it went."""
 
-    def __init__(self, shape: Shape, weights: list[jax.Array]):
-        self.shape, self.inputs = shape, make_inputs(shape, weights)
+    def __init__(self, shape: Shape, weights: list[jax.Array], rows: int):
+        self.shape, self.inputs = shape, make_inputs(shape, weights, rows)
         self._exact = {layer: exact_output(shape, self.inputs, layer) for layer in {0, len(weights) - 1}}
         self.row: dict[str, dict] = {}
 
@@ -191,16 +204,16 @@ def time_ceilings(weights: list[jax.Array]) -> dict[str, dict[str, float]]:
     return {"copy": time_copy(lambda v: v + 1, weights[0].nbytes, len(weights)), "read": reading}
 
 
-def measure_products(own: list[Tiling], save: Callable[[dict], None]) -> None:
+def measure_products(own: list[list[int]], n_rows: int, save: Callable[[dict], None]) -> None:
     """All shapes; `save` is called with what there is after each."""
-    tilings = {"triton": None} | {" ".join(map(str, tiling)): tiling for tiling in own}
+    kind = triton_product.Tiling if n_rows == 1 else triton_rows.Tiling
+    tilings = {"triton": None} | {" ".join(map(str, tiling)): kind(*tiling) for tiling in own}
     rows: dict[str, dict] = {}
     for shape in SHAPES:
         weights = make_weights(shape)
-        bench = Bench(shape, weights)
+        bench = Bench(shape, weights, n_rows)
         bench.measure({"xla": functools.partial(xla.product, form=shape.form())} | {
-            name: functools.partial(triton_product.product, form=shape.form(), tiling=tiling)
-            for name, tiling in tilings.items()
+            name: kernel(shape, tiling) for name, tiling in tilings.items()
         })  # fmt: skip
         rows[shape.name] = time_ceilings(weights) | bench.row
         times = {name: v["us"] for name, v in rows[shape.name].items() if "us" in v}
@@ -212,7 +225,7 @@ def measure_products(own: list[Tiling], save: Callable[[dict], None]) -> None:
         print(f"a layer's products, {name}: {us:.2f} us", flush=True)
 
 
-def lower_step(model: Any, params: Any, implementation: str | None) -> Any:
+def lower_step(model: Any, params: Any, rows: int, implementation: str | None) -> Any:
     """The program of 1 + STEPS steps: (params, token, state) → (logits of the last, token, state)."""
 
     def run(params: Any, token: jax.Array, state: Any) -> tuple:
@@ -223,20 +236,20 @@ def lower_step(model: Any, params: Any, implementation: str | None) -> Any:
 
         return jax.lax.fori_loop(0, STEPS, step, step(0, (None, token, state)))
 
-    state = jax.eval_shape(lambda: model.initial_state(1, 1))
+    state = jax.eval_shape(lambda: model.initial_state(rows, 1))
     with mock.patch.object(linear, "product_implementation", lambda _: implementation):
-        return jax.jit(run, donate_argnums=2).lower(params, jax.ShapeDtypeStruct((1,), jnp.int32), state)
+        return jax.jit(run, donate_argnums=2).lower(params, jax.ShapeDtypeStruct((rows,), jnp.int32), state)
 
 
-def measure_model(name: str, rate: float) -> dict[str, Any]:
-    """Milliseconds of a step at batch 1, the two kinds of products in turn; `rate`: of a copy, in TB/s."""
+def measure_model(name: str, rows: int, rate: float) -> dict[str, Any]:
+    """Milliseconds of a step, the two kinds of products in turn; `rate`: of a copy, in TB/s."""
     model = engine.make_model(name, "bfloat16", quick=False)
     params = engine.make_params(model)
-    floor = (engine.tree_bytes(params) + 2 * engine.tree_bytes(model.initial_state(1, 1))) / rate / 1e9
-    lowered = {"xla": lower_step(model, params, "xla"), "triton": lower_step(model, params, None)}
+    floor = (engine.tree_bytes(params) + 2 * engine.tree_bytes(model.initial_state(rows, 1))) / rate / 1e9
+    lowered = {"xla": lower_step(model, params, rows, "xla"), "triton": lower_step(model, params, rows, None)}
     with ThreadPoolExecutor(len(lowered)) as threads:
         programs = dict(zip(lowered, threads.map(lambda v: v.compile(), lowered.values()), strict=True))
-    carries = {kind: run(params, jnp.arange(1), model.initial_state(1, 1)) for kind, run in programs.items()}
+    carries = {kind: run(params, jnp.arange(rows), model.initial_state(rows, 1)) for kind, run in programs.items()}
     error = relative_error(carries["triton"][0], carries["xla"][0])
     if not error <= engine.tolerance(model.config):
         raise AssertionError(f"{name}: logits are off by {error:.1e}")
@@ -261,19 +274,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--commit", help="what is measured, for the record")
-    parser.add_argument("--tiling", nargs=4, type=int, action="append", default=[])
+    parser.add_argument("--rows", type=int, default=1, help="the batch")
+    parser.add_argument("--tiling", nargs="+", type=int, action="append", default=[])
     parser.add_argument("--models", nargs="*", default=["siso", "mimo"], choices=list(engine.MODELS))
     options = parser.parse_args()
-    report = circumstances(options.commit) | {"whole": {}}
+    report = circumstances(options.commit) | {"rows": options.rows, "whole": {}}
 
     def save(rows: dict[str, dict]) -> None:
         report["products"] = rows
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    measure_products([Tiling(*v) for v in options.tiling], save)
+    measure_products(options.tiling, options.rows, save)
     report["copy_TB_per_s"] = ceilings(width=256)["copy_TB_per_s"]
     for name in options.models:
-        report["whole"][name] = measure_model(name, report["copy_TB_per_s"])
+        report["whole"][name] = measure_model(name, options.rows, report["copy_TB_per_s"])
         save(report["products"])
 
 

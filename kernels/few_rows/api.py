@@ -5,13 +5,15 @@ import jax.numpy as jnp
 
 from ..choice import require_known, takes_triton
 from ..gpu import no_triton_here
+from ..rms_norm import rms_norm
 from . import xla
 from .form import Form
+from .sums import Sums
 
 try:
-    from . import triton_product
+    from . import triton_product, triton_rows, triton_sums
 except ImportError:  # jax-triton comes with the extra "cuda"
-    triton_product = None
+    triton_product, triton_rows, triton_sums = None, None, None
 
 _IMPLEMENTATIONS = ("triton", "xla")
 
@@ -24,8 +26,9 @@ def few_rows_product(
     epsilon: float = 0.0,
     residual: jax.Array | None = None,
     gated: bool = False,
+    pending: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | Sums:
     """residual + gate(norm(x) @ weight), each of norm, gate and residual only where it is asked for.
 
     Of few rows the weight is all the work: it is read once, and what surrounds the product of a single row costs no
@@ -38,11 +41,13 @@ def few_rows_product(
       epsilon: of the norm.
       residual: [..., out], added in its dtype, which is that of the result.
       gated: the first half of the product's columns times silu of the second; out is then half as wide.
-      implementation: "xla" runs on any device; "triton", a kernel for NVIDIA GPUs, takes one row, [1, in];
-        None is the fastest that can run here.
+      pending: where there is a kernel that adds the residual on the way to the norm that follows, leave it to
+        `add_and_norm`.
+      implementation: "xla" runs on any device; "triton", kernels for NVIDIA GPUs, takes one row, [1, in], and on Hopper
+        GPUs up to 128; None is the fastest that can run here.
 
     Returns:
-      [..., out] in the residual's dtype, else in the weight's.
+      [..., out] in the residual's dtype, else in the weight's; or, if pending, what that will be.
 
     Raises:
       ValueError: a shape that does not fit (the argument is named), an unknown implementation or one that cannot run
@@ -53,8 +58,32 @@ def few_rows_product(
     args = {"x": x, "weight": weight, "scale": scale, "residual": residual}
     _check_inputs(**args, form=form)
     require_known(implementation, _IMPLEMENTATIONS)
-    in_triton = takes_triton(implementation, no_triton_here() or triton_product.unsupported(x, weight, residual, form))
-    return (triton_product if in_triton else xla).product(**args, form=form)
+    one = x.ndim == 2 and x.shape[0] == 1
+    if not takes_triton(implementation, no_triton_here() or _why_not_triton(one, x, weight, residual, form)):
+        return xla.product(**args, form=form)
+    if one:
+        return triton_product.product(**args, form=form)
+    x = x.astype(weight.dtype) if scale is None else rms_norm(x, scale, epsilon, weight.dtype)
+    sums = Sums(residual, triton_rows.product(x, weight, gated))
+    return sums if pending and residual is not None else sums.added(weight.dtype)
+
+
+def add_and_norm(sums: Sums, scale: jax.Array, epsilon: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """What a pending product will be, [rows, out], and its norm, in `dtype`, to which the product is rounded.
+
+    Args:
+      sums: from `few_rows_product`.
+      scale: [out], as for the norm there.
+      epsilon: of the norm.
+      dtype: of the product's weight.
+    """
+    return triton_sums.add_and_norm(sums, scale, epsilon, jnp.dtype(dtype))
+
+
+def _why_not_triton(one: bool, x: jax.Array, weight: jax.Array, residual: jax.Array | None, form: Form) -> str | None:
+    if one:
+        return triton_product.unsupported(x, weight, residual, form)
+    return triton_rows.unsupported(x, weight, form)
 
 
 def _check_inputs(

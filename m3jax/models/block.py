@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
+from m3jax.kernels import Sums, add_and_norm
 from m3jax.models.mixers import MIXERS, State
 from m3jax.models.mlp import SwiGLU
-from m3jax.models.norm import Normed, RMSNorm, Scale
+from m3jax.models.norm import EPSILON, Normed, RMSNorm, Scale
 
 
 class Block(nn.Module):
@@ -18,20 +19,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array | None, state: State | None
-    ) -> tuple[jax.Array, State | None]:
-        """Arguments and state as in mixers.py; x [b, l, d_model] or [b, d_model]."""
+        self, x: jax.Array | Sums, segment_ids: jax.Array | None, state: State | None
+    ) -> tuple[jax.Array | Sums, State | None]:
+        """Arguments and state as in mixers.py; x [b, l, d_model] or [b, d_model], that also not added up yet."""
         mixer = MIXERS[self.mixer].module(self.config, name="mixer")
-        x, state = mixer(self._normed(x, "mixer_norm"), segment_ids, state, x)
+        x, u = self._normed(x, "mixer_norm")
+        x, state = mixer(u, segment_ids, state, x)
         if self.config.d_intermediate:
-            x = SwiGLU(self.config, name="mlp")(self._normed(x, "mlp_norm"), x)
+            x, u = self._normed(x, "mlp_norm")
+            x = SwiGLU(self.config, name="mlp")(u, x)
         return x, state
 
-    def _normed(self, x: jax.Array, name: str) -> jax.Array | Normed:
+    def _normed(self, x: jax.Array | Sums, name: str) -> tuple[jax.Array, jax.Array | Normed]:
+        """x as an array, and its norm."""
         dtype, param_dtype = jnp.dtype(self.config.dtype), jnp.dtype(self.config.param_dtype)
+        if isinstance(x, Sums):
+            return add_and_norm(x, Scale(param_dtype, name=name)(x.residual.shape[-1]), EPSILON, dtype)
         if x.ndim == 2:
-            return Normed(x, Scale(param_dtype, name=name)(x.shape[-1]))
-        return RMSNorm(dtype, param_dtype, name=name)(x)
+            return x, Normed(x, Scale(param_dtype, name=name)(x.shape[-1]))
+        return x, RMSNorm(dtype, param_dtype, name=name)(x)
 
 
 class Period(nn.Module):

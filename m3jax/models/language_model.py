@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import SCAN_RESIDUALS
+from m3jax.kernels import SCAN_RESIDUALS, Sums
 from m3jax.kernels.products import enough_rows, operand_dtype
 from m3jax.models.block import Block, Period
 from m3jax.models.mixers import MIXERS, State
@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
             block = Block(self.config, self._mixer(i), parent=None)
             x, state = block.apply({"params": params}, x, segment_ids, state)
             after.append(state)
-        return x, tuple(after)
+        return x.added(jnp.dtype(self.config.dtype)) if isinstance(x, Sums) else x, tuple(after)
 
     def _mixer(self, i: int) -> str:
         return self.config.mixer_pattern[i % len(self.config.mixer_pattern)]

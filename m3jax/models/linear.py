@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import few_rows_product
+from m3jax.kernels import Sums, few_rows_product
 from m3jax.kernels.rms_norm import rms_norm
 from m3jax.models.norm import EPSILON, Normed
 
@@ -28,8 +28,8 @@ class Linear(nn.Module):
     apart: bool = False  # kernels read the outputs, each an array of its own
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> list[jax.Array]:
-        """[..., in] → [..., width] for each width; of one width added to the residual, if there is one."""
+    def __call__(self, x: jax.Array | Normed, residual: jax.Array | None = None) -> list[jax.Array | Sums]:
+        """[..., in] → [..., width] for each width; of one added to the residual if given, or about to be (`Sums`)."""
         m = self.config
         x, scale = x if isinstance(x, Normed) else (x.astype(m.dtype), None)
         # variance_scaling's uniform bound is √(3 · scale / fan_in).
@@ -37,10 +37,12 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], sum(self.widths)), m.param_dtype).astype(m.dtype)
         if x.size <= x.shape[-1] ** 2:
             y = few_rows_product(
-                x, kernel, scale=scale, epsilon=EPSILON, residual=residual, gated=self.gated,
+                x, kernel, scale=scale, epsilon=EPSILON, residual=residual, gated=self.gated, pending=True,
                 implementation=product_implementation(m),
             )  # fmt: skip
-            return [y] if self.gated else jnp.split(y, list(itertools.accumulate(self.widths[:-1])), axis=-1)
+            if self.gated or len(self.widths) == 1:
+                return [y]
+            return jnp.split(y, list(itertools.accumulate(self.widths[:-1])), axis=-1)
         if scale is not None:
             x = rms_norm(x, scale, EPSILON, m.dtype)
         ends = itertools.accumulate(self.widths)

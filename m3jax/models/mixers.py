@@ -7,7 +7,8 @@ A mixer is a module of the model's config, called with
   state: what precedes the first token, whose document it continues; None = nothing, and no state is returned;
   residual: of u's shape, or None,
 
-that returns (output of u's shape, added to the residual, the state after the last token or None).
+that returns (output of u's shape, added to the residual or, of a step, maybe about to be (`Sums`), the state after the
+last token or None).
 """
 
 from collections.abc import Callable

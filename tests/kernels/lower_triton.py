@@ -19,6 +19,7 @@ from jax_triton import triton_lib
 
 from experiments.latency import tune
 from m3jax.kernels import (
+    add_and_norm,
     cached_attention_step,
     few_rows_product,
     gated_delta_scan,
@@ -28,6 +29,7 @@ from m3jax.kernels import (
     mamba3_scan,
     mamba3_step,
 )
+from m3jax.kernels.few_rows import triton_rows
 from m3jax.kernels.mamba3.inputs import Sequence
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.triton_launch import launch
@@ -159,6 +161,22 @@ def lower_few_rows(dtype: str) -> None:
         assert text.count("custom_call @triton_kernel_call_ffi") == 1
 
 
+def lower_several_rows() -> None:
+    """The same products of as many rows as there may be and of few, and what is left pending."""
+    into, out_of, scale = (jnp.zeros(shape, jnp.bfloat16) for shape in ((2048, 8672), (4096, 2048), (2048,)))
+    for rows in (128, 5):
+        wide, long = jnp.zeros((rows, 2048)), jnp.zeros((rows, 4096), jnp.bfloat16)
+        for x, weight, options in ((wide, into, {"scale": scale}), (wide, into[:, :8192], {"gated": True})):
+            text = lower(functools.partial(few_rows_product, implementation="triton", **options), x, weight)
+            assert text.count("custom_call @triton_kernel_call_ffi") == 1
+
+        def add(x, residual):
+            sums = few_rows_product(x, out_of, residual=residual, pending=True, implementation="triton")
+            return add_and_norm(sums, scale, 1e-5, jnp.bfloat16)
+
+        assert lower(add, long, wide).count("custom_call @triton_kernel_call_ffi") == 2
+
+
 @triton.jit
 def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
@@ -188,7 +206,7 @@ def main() -> None:
 
     triton_lib.compile_ttir_inplace = recorded
     triton_lib.triton_kernel_call_lib.get_compute_capability = lambda device: capability
-    for module in (gpu, plans):
+    for module in (gpu, plans, triton_rows):
         module.compute_capability = lambda: capability
     gpu.jax.default_backend = lambda: "gpu"
     lower_scan(SISO, "bfloat16", documents=False)
@@ -206,6 +224,7 @@ def main() -> None:
         lower_step(SISO, "bfloat16")
         lower_step(MIMO, "float32")
         lower_gated_delta_step("float32")
+        lower_several_rows()
     lower_gated_delta("float32" if capability == 80 else "bfloat16")  # the most memory where there is the least
     lower_cached_attention("float32" if capability == 80 else "bfloat16")
     lower_few_rows("float32" if capability == 80 else "bfloat16")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m3jax.config import ModelConfig
 from m3jax.kernels import (
     Mamba3State,
     cached_attention_step,
@@ -20,6 +21,7 @@ from m3jax.kernels import (
     mamba3_step,
 )
 from m3jax.models.attention import attend
+from m3jax.models.language_model import LanguageModel
 from tests import tolerances
 from tests.kernels.cases import Case, differentiated, largest_turn, make, make_projected, make_state
 
@@ -418,3 +420,47 @@ def test_product_of_one_row(dtype, inner, outer, options):
     if dtype != "float32":  # x, the product, and twice in the gate
         tolerance += tolerances.narrow_rms(dtype, roundings=4)
     assert tolerances.rms_ratio(y, exact) <= tolerance
+
+
+@pytest.mark.parametrize("rows", [2, 32, 72, 128])
+@pytest.mark.parametrize(("inner", "outer", "options"), [
+    (2048, 8672, {"norm": True}), (2048, 4096, {"norm": True, "gated": True}), (4096, 2048, {"added": True}),
+    (520, 3000, {}),
+])  # fmt: skip
+def test_product_of_several_rows(rows, inner, outer, options):
+    """Against float64, the same bits twice, and the last row's whatever the others hold."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    norm, added, gated = (options.get(name, False) for name in ("norm", "added", "gated"))
+    options = {"epsilon": 1e-5, "gated": gated}
+    x = jax.random.normal(keys[0], (rows, inner)).astype("float32" if norm else "bfloat16")
+    weight = (jax.random.normal(keys[1], (inner, outer * (1 + gated))) / np.sqrt(inner)).astype("bfloat16")
+    scale = jax.random.normal(keys[2], (inner,)).astype("bfloat16") if norm else None
+    residual = jax.random.normal(keys[3], (rows, outer)) if added else None
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def product(x, weight, scale, residual, implementation="triton"):
+        given = {"scale": scale, "residual": residual, "implementation": implementation}
+        return few_rows_product(x, weight, **given, **options)
+
+    y = product(x, weight, scale, residual)
+    np.testing.assert_array_equal(product(x, weight, scale, residual), y)
+    np.testing.assert_array_equal(product(x.at[:-1].set(jnp.nan), weight, scale, residual)[-1], y[-1])
+    with jax.enable_x64(True):
+        exact = product(*_in_float64((x, weight, scale, residual)), implementation="xla")
+    assert tolerances.rms_ratio(y, exact) <= tolerances.narrow_rms("bfloat16", roundings=4)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_row_of_a_step_is_bit_for_bit_that_row_among_others(rank):
+    config = ModelConfig(vocab_size=512, d_model=256, n_layers=2, d_intermediate=512, mimo_rank=rank, dtype="bfloat16")
+    model, rows = LanguageModel(config), 24
+    params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])()
+    step = jax.jit(lambda token, state: model.apply({"params": params}, token, state, method="step"))
+    token, zero = jnp.arange(rows), model.initial_state(rows, 1)
+    _, state = step(token, zero)
+    logits, after = step(token, state)
+    others = jax.tree.map(lambda v: v.at[1:].set(3), state)
+    other_logits, other_after = step(token.at[1:].add(7), others)
+    assert (logits[1:] != other_logits[1:]).any()
+    for v, other in zip(jax.tree.leaves((logits, after)), jax.tree.leaves((other_logits, other_after)), strict=True):
+        np.testing.assert_array_equal(np.asarray(v[0], np.float32), np.asarray(other[0], np.float32))
