@@ -6,10 +6,10 @@ first-level cache has little room beside shared memory. To read the number and f
 """
 
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.utils import thread_idx as _read_once  # without it there are no Mosaic kernels
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-_read_once = utils.thread_idx
 _kernels: set[str] = set()
 
 
