@@ -69,14 +69,22 @@ def few_rows_product(
 
 
 def add_and_norm(sums: Sums, scale: jax.Array, epsilon: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """What a pending product will be, [rows, out], and its norm, in `dtype`, to which the product is rounded.
+    """What a pending product will be, and its norm, in one launch.
 
     Args:
       sums: from `few_rows_product`.
       scale: [out], as for the norm there.
       epsilon: of the norm.
-      dtype: of the product's weight.
+      dtype: of the product's weight, to which the product is rounded before it is added.
+
+    Returns:
+      [rows, out] in the residual's dtype, and [rows, out] in `dtype`. Gradients flow to what is pending and to scale.
+
+    Raises:
+      ValueError: scale has another shape than [out].
     """
+    if scale.shape != sums.parts.shape[-1:]:
+        raise ValueError(f"scale has shape {scale.shape}; expected [out] = {sums.parts.shape[-1:]}.")
     return triton_sums.add_and_norm(sums, scale, epsilon, jnp.dtype(dtype))
 
 

@@ -119,6 +119,8 @@ def test_what_is_pending_is_added_on_the_way_to_the_norm():
     exact = np.asarray(y, np.float64)
     exact *= np.asarray(scale, np.float64) / np.sqrt(np.square(exact).mean(-1, keepdims=True) + EPSILON)
     tolerances.assert_close(normed, exact, float(jnp.finfo(jnp.bfloat16).eps), "norm")
+    with pytest.raises(ValueError, match=r"scale has shape \(39,\); expected \[out\] = \(40,\)"):
+        add_and_norm(pending, scale[1:], EPSILON, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "xla"])

@@ -11,13 +11,12 @@ from ..inputs import Inputs, Sequence, Weights
 from .finish import finish
 from .forward import Operands, Prepared
 from .gradients import FLOW, KEY, OVERLAP, QUERY, SCORE, TURN, VECTORS, Gradients, gradients
-from .pieces import N, S, T
+from .pieces import MULTIPROCESSORS, N, S, T
 from .state_gradients import state_gradients
 
 # Of the kernels in finish.py: heads of a program, rows and columns of a tile of the biases' parts, rows of a sum over
 # blocks, warps.
 _HEADS, _TILE, _ROWS, _WARPS = 8, (32, 64), 8, 4
-_MULTIPROCESSORS = 132  # of a large Hopper GPU; each runs one program of `gradients` at a time
 
 
 def choose_block(batch: int, length: int, heads: int, groups: int) -> int:
@@ -28,7 +27,7 @@ def choose_block(batch: int, length: int, heads: int, groups: int) -> int:
     per_group, chunks = heads // groups, batch * math.ceil(length / T)
 
     def cost(block: int) -> int:  # of the busiest multiprocessor; a program's two ends cost as much as a head
-        return math.ceil(chunks * heads / block / _MULTIPROCESSORS) * (block + 1)
+        return math.ceil(chunks * heads / block / MULTIPROCESSORS) * (block + 1)
 
     return min((block for block in range(per_group, 0, -1) if per_group % block == 0), key=cost)
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-PROGRAMS = 132  # at most: the multiprocessors of a large Hopper GPU, of which each runs one at a time
+from .pieces import MULTIPROCESSORS
+
+PROGRAMS = MULTIPROCESSORS  # at most; each runs one at a time
 
 
 class Of(NamedTuple):

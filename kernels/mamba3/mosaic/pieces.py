@@ -27,6 +27,7 @@ HALF = N // 2  # of the state's coordinates: the first rotates, the second does 
 COEFFICIENTS = 6
 DECAY, OTHER, OWN, STEP_HIGH, STEP_LOW, TO_END = range(COEFFICIENTS)
 
+MULTIPROCESSORS = 132  # of a large Hopper GPU
 WG = plgpu.Layout.WGMMA
 PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
 GRID = ("batch", "segment", "head")  # of kernels that walk a segment's chunks

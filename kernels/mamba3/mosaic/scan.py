@@ -24,14 +24,14 @@ from . import backward, mimo_backward, mimo_forward
 from .forward import Operands, Prepared, in_chunks, output_pass
 from .mimo_pieces import positions
 from .mimo_state_gradients import choose_together
-from .pieces import COEFFICIENTS, N, P, S, T
+from .pieces import COEFFICIENTS, MULTIPROCESSORS, N, P, S, T
 from .prepare import coefficients, phases
 from .states import state_pass
 from .widths import narrowed, widened
 
 _LEAST_JAX = (0, 11)
 _CAPABILITY = "9.0"
-_PROGRAMS = 264  # two to each multiprocessor of a large Hopper GPU
+_PROGRAMS = 2 * MULTIPROCESSORS
 # Of the kernels in prepare.py: heads of a program, its warps, positions whose steps are added in float32; at most so
 # many chunks of a tile of their sums, and so many angles.
 _HEADS, _WARPS, _PART, _CHUNKS, _ANGLES = 8, 4, 8, 256, 8
