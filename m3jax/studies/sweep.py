@@ -230,9 +230,10 @@ class GroupTrainer:
         train, group = self._train, self._group
         lengths = np.array([spans[i][:2] for i in steps]) + group.shift
         widest = arrays._replace(pairs=spans[steps[0]].pairs)
+        task = widest.task(train.training_tasks.get(group.task_name, group.task_name))
         return draw_block(
             jnp.asarray(self._seeds), *(jnp.asarray(v, jnp.int32) for v in (before + np.array(steps), *lengths.T)),
-            task=group.task(widest), batch_size=train.batch_size, answers=answers, bos=train.bos,
+            task=task, batch_size=train.batch_size, answers=answers, bos=train.bos,
             width=group.width(widest, train.bos, train.packed), packed=train.packed,
         )  # fmt: skip
 

@@ -55,6 +55,8 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
         ("optimizer.beta1", 1.0, "config.optimizer.beta1 = 1.0"),
         ("train.stages", "4:6,8", "config.train.stages = '4:6,8': expected LENGTH:STEPS"),
         ("train.stages", "4:9, :3", "config.train.stages = '4:9, :3': expected at least one length for every stage"),
+        ("train.drawn_as", "s3:a4", "config.train.drawn_as"),
+        ("train.drawn_as", "parity:s3", "config.train.drawn_as = 'parity:s3': expected tasks with the tokens and len"),
         ("train.stages", "8-4:12", "config.train.stages = '8-4': expected lengths in ascending order"),
         ("train.stages", "4/2:12", "task 'parity_2': not known."),
         ("train.stages", "4 8:9,8:3", "config.train.block_steps = 3: expected a multiple of the 2 lengths"),

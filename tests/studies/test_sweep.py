@@ -116,6 +116,18 @@ def test_a_stage_may_have_a_shortest_length_of_its_own(small_study, tmp_path):
     assert first.min() >= 12 and first.max() <= 14
 
 
+def test_a_task_may_be_trained_with_the_sequences_of_another(small_study, tmp_path):
+    name, times = "modular_arithmetic_brackets", 7
+    for drawn_as, has_times in (("", True), (f"{name}:{name}_without_times", False)):
+        study = small_study(
+            grid__tasks=f"{name}:1", train__stages="8:3", train__batch_size=64, train__drawn_as=drawn_as
+        )
+        (group,) = make_groups(study)
+        *_, (drawn,) = sweep.GroupTrainer(study, group, GroupFiles(tmp_path, study, group)).block(0)
+        assert np.any(np.asarray(drawn.tokens) == times) == has_times
+        assert group.task(study.evaluation.spans[0]).name == name
+
+
 def test_what_is_compiled_ahead_is_what_runs(small_study, tmp_path, monkeypatch, caplog):
     study = small_study(train__batch_size=6, train__stages="4:6,16:6", train__array_lengths="4,16")
     (group,) = make_groups(study)

@@ -2,7 +2,7 @@
 
 import difflib
 
-from m3jax.data.tasks.brackets import BRACKETS, BRACKETS_WITHOUT_TIMES
+from m3jax.data.tasks.brackets import BRACKETS, BRACKETS_WITHOUT_TIMES, BRACKETS_WITHOUT_TIMES_UNEVEN
 from m3jax.data.tasks.cycle_navigation import CYCLE_NAVIGATION
 from m3jax.data.tasks.even_pairs import EVEN_PAIRS
 from m3jax.data.tasks.modular_arithmetic import MODULAR_ARITHMETIC
@@ -19,6 +19,7 @@ TASKS: dict[str, Task] = {
         MODULAR_ARITHMETIC,
         BRACKETS,
         BRACKETS_WITHOUT_TIMES,
+        BRACKETS_WITHOUT_TIMES_UNEVEN,
         CYCLE_NAVIGATION,
         EVEN_PAIRS,
         *WORD_PROBLEMS,

@@ -12,6 +12,11 @@ After Grazzi et al., arXiv 2411.12537, whose code has the operator * since 68f8e
 The chance level is the published 1/5. With * the value 0 is more frequent than the others, and a model that always
 answers it reaches 0.29 at length 40 and 0.31 at 256, a scaled accuracy of 0.14; without *, 1/5 exactly.
 
+The uneven variant is for training alone (`train.drawn_as`). Evenly cut expressions seldom ask for what comes after
+nearly all of them to be added with a sign that was given before it: at 160 tokens a node's left part has more than 140
+in one of twelve. In half of the uneven ones the nodes that hold most of the expression, more than a share of it
+that is drawn from [0.6, 1], are cut within 8 tokens of an end; there it is two of three. Tokens and rules are the same.
+
 Drawing a tree. A node is an interval of positions. It owns the bracket at its first position, so one random number per
 position, drawn beforehand, is enough to cut every node once. Positions move down the tree together, a level at a
 time: the loops run as often as the deepest tree of the batch has levels, about 8 at 40 tokens, 17 at 256 and 28 at
@@ -30,6 +35,8 @@ from m3jax.data.tasks.task import Length, Task, TaskBatch, draw, draw_lengths, q
 _PLUS, _MINUS, _TIMES, _OPEN, _CLOSE, _EQUALS, _PADDING = range(MODULUS, MODULUS + 7)
 _LEAST = 5  # the length of the shortest sequence
 _LEAST_CUT = 5  # the size of the smallest expression with an operator
+_NEAR_END = 8  # tokens; where uneven nodes are cut
+_LEAST_SHARE = 0.6  # of an expression, that a node must have to be uneven
 
 
 class _Nodes(NamedTuple):
@@ -45,12 +52,13 @@ def _at(values: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, positions, axis=1, mode="clip")
 
 
-def _cut(sizes: jax.Array, randoms: jax.Array) -> tuple[_Nodes, jax.Array]:
+def _cut(sizes: jax.Array, randoms: jax.Array, uneven_above: jax.Array | None) -> tuple[_Nodes, jax.Array]:
     """Draws trees.
 
     Args:
       sizes: int32 [b], tokens of each expression.
       randoms: uint32 [b, l], random bits.
+      uneven_above: [b], nodes of more tokens are cut near an end; None = all nodes are cut anywhere.
 
     Returns:
       The nodes; positions behind an expression stay with its root. And the number of levels below the roots.
@@ -58,8 +66,14 @@ def _cut(sizes: jax.Array, randoms: jax.Array) -> tuple[_Nodes, jax.Array]:
     position = jnp.broadcast_to(jnp.arange(randoms.shape[1], dtype=jnp.int32)[None, :], randoms.shape)
 
     def owned(start, size):
-        choices = jnp.maximum(size - _LEAST_CUT + 1, 1).astype(jnp.uint32)
-        left = 1 + (_at(randoms, start) % choices).astype(jnp.int32)
+        choices = jnp.maximum(size - _LEAST_CUT + 1, 1)
+        left = 1 + (_at(randoms, start) % choices.astype(jnp.uint32)).astype(jnp.int32)
+        if uneven_above is not None:
+            near = jnp.minimum(_NEAR_END, choices)
+            place = (_at(randoms, start) % (2 * near).astype(jnp.uint32)).astype(jnp.int32)
+            left = jnp.where(
+                size > uneven_above[:, None], 1 + jnp.where(place < near, place, choices - 1 - place + near), left
+            )
         nodes = _Nodes(start, size, start + 1 + left)
         own = (position <= start) | (position == nodes.operator) | (position >= start + size - 1)
         return nodes, ~own & (size >= _LEAST_CUT)
@@ -105,7 +119,7 @@ def _evaluate(nodes: _Nodes, levels: jax.Array, digits: jax.Array, operators: ja
 
 
 def _generate(
-    key: jax.Array, batch_size: int, shortest: Length, longest: Length, width: int, *, n_operators: int
+    key: jax.Array, batch_size: int, shortest: Length, longest: Length, width: int, *, n_operators: int, uneven: bool
 ) -> TaskBatch:
     length_key, cut_key, digit_key, operator_key = jax.random.split(key, 4)
     lengths = jnp.maximum(draw_lengths(length_key, batch_size, shortest, longest), _LEAST)
@@ -113,7 +127,8 @@ def _generate(
     shape = (batch_size, width)
     digits = draw(digit_key, shape, MODULUS)
     operators = _PLUS + draw(operator_key, shape, n_operators)
-    nodes, levels = _cut(sizes, jax.random.bits(cut_key, shape, jnp.uint32))
+    uneven_above = _draw_uneven(cut_key, sizes) if uneven else None
+    nodes, levels = _cut(sizes, jax.random.bits(cut_key, shape, jnp.uint32), uneven_above)
     answer = _evaluate(nodes, levels, digits, operators)
 
     position, equals_at = jnp.arange(width)[None, :], sizes[:, None]
@@ -123,10 +138,18 @@ def _generate(
     return question(tokens, sizes, answer, lengths)
 
 
-def _task(name: str, n_operators: int) -> Task:
-    generate = partial(_generate, n_operators=n_operators)
+def _draw_uneven(key: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The size above which an expression's nodes are uneven, [b]; that of the whole where it is an even one."""
+    share_key, half_key = jax.random.split(jax.random.fold_in(key, 1))
+    share = jax.random.uniform(share_key, sizes.shape, minval=_LEAST_SHARE, maxval=1.0)
+    return jnp.where(jax.random.bernoulli(half_key, shape=sizes.shape), share * sizes, sizes)
+
+
+def _task(name: str, n_operators: int, uneven: bool = False) -> Task:
+    generate = partial(_generate, n_operators=n_operators, uneven=uneven)
     return Task(name, MODULUS + 7, 1 / MODULUS, 1, lambda n: max(n, _LEAST) - 2, generate)
 
 
 BRACKETS = _task("modular_arithmetic_brackets", n_operators=3)
 BRACKETS_WITHOUT_TIMES = _task("modular_arithmetic_brackets_without_times", n_operators=2)
+BRACKETS_WITHOUT_TIMES_UNEVEN = _task("modular_arithmetic_brackets_without_times_uneven", n_operators=2, uneven=True)

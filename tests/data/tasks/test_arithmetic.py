@@ -97,6 +97,18 @@ def test_grammar(name):
         assert_frequencies(lefts, evenly(range(1, size - 3)))
 
 
+def test_half_of_the_uneven_expressions_are_cut_near_an_end():
+    batch = sample("modular_arithmetic_brackets_without_times_uneven", 2, 2048, 43, 43)
+    lefts = []
+    for row, answer in zip(batch.tokens.tolist(), batch.targets[batch.mask], strict=True):
+        text = spell(row[:40], "modular_arithmetic_brackets")
+        assert eval(text) % 5 == answer
+        _, left, *_ = tree(text)
+        lefts.append(left[0] if isinstance(left, tuple) else len(left))
+    near_an_end = (*range(1, 9), *range(29, 37))
+    assert_frequencies(lefts, {n: 1 / 72 + (n in near_an_end) / 32 for n in range(1, 37)})
+
+
 @VARIANTS
 @pytest.mark.parametrize("length", [5, 8, 9, 12, 13, 43])
 def test_answers_with_brackets(name, length):
