@@ -206,7 +206,9 @@ class GroupTrainer:
         kinds: dict[Span, dict[int | None, list[int]]] = {}
         for i, span in enumerate(self._spans[step : step + self._train.block_steps]):
             longest = next(length for length in self._train.arrays if length >= span.longest)
-            arrays = Span(span.shortest if span.shortest < span.longest else longest, longest)
+            # How long the shortest is matters to the width of packed rows alone.
+            shortest = span.shortest if self._train.packed and span.shortest < span.longest else longest
+            arrays = Span(shortest, longest)
             kinds.setdefault(arrays, {}).setdefault(span.pairs, []).append(i)
         return kinds
 

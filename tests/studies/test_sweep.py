@@ -111,6 +111,9 @@ def test_a_stage_may_have_a_shortest_length_of_its_own(small_study, tmp_path):
     ).block(6)
     assert kind_and_place.tolist() == [[0, 0], [1, 0], [1, 1]]
     assert all_lengths.tokens.shape == (1, 2, 2, 24) and long.tokens.shape == (2, 2, 2, 32)
+    apart = small_study(train__stages="8:6,16 14-16 14-16:6", train__array_lengths="8,16")
+    *_, one_kind = sweep.GroupTrainer(apart, group, GroupFiles(tmp_path, apart, group)).block(6)
+    assert [of_kind.tokens.shape for of_kind in one_kind] == [(3, 2, 4, 16)]
     # A sequence of parity asks after its last bit: lengths n count the answer, so the first question is at n - 2.
     first = long.positions[..., 0]
     assert first.min() >= 12 and first.max() <= 14
