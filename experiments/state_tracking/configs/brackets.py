@@ -2,15 +2,17 @@
 
 As mamba3_paper.py but for what this task takes (docs/state_tracking.md): many narrow heads (32 with states of 16 x 32),
 an MLP, a curriculum that begins with expressions of a few digits, five seeds at one rate, which falls from the length
-of 120 on, and an average of parameters, measured as training goes. Training asks for longer memory than tests of its
+of 60 on, and an average of parameters, measured as training goes. Training asks for longer memory than tests of its
 length: half of the expressions are cut unevenly (m3jax/data/tasks/brackets.py), and three of four of the last steps
 have lengths of 150 to 160. Tests are drawn as the task has them.
 The gated delta rule, whose values are whole times as wide as keys, has four heads with states of 64 x 64, as many
-numbers, and the initial steps with which it learns:
+numbers, the initial steps with which it learns, and expressions that are cut evenly, with which it learns better:
 
 python experiments/state_tracking/sweep.py --config brackets
 python experiments/state_tracking/sweep.py --config brackets --config.grid.models=gdn_negative --workdir runs/br_gdn \
-    --config.model.expand=4 --config.model.headdim=64 --config.model.d_state=64 --config.grid.initial_steps=0.001-0.1
+    --config.model.expand=4 --config.model.headdim=64 --config.model.d_state=64 --config.grid.initial_steps=0.001-0.1 \
+    --config.train.drawn_as= --config.optimizer.decay_fraction=0.6 \
+    --config.train.stages=8:600,12:600,16:600,20:800,28:1200,40:2400,60:2200,80:2600,120:3000,160:14000
 """
 
 import runpy
@@ -35,7 +37,7 @@ def get_config() -> ConfigDict:
     config.model.headdim = 16
     config.model.d_state = 32
     config.optimizer.schedule = "wsd"
-    config.optimizer.decay_fraction = 0.6
+    config.optimizer.decay_fraction = 0.75
     short = "8:600,12:600,16:600,20:800,28:1200,40:2400,60:2200,80:2600"
     config.train.stages = short + ",120:3000,160 150-160 150-160 150-160:14000"
     config.train.drawn_as = f"{task}:{task}_uneven"
