@@ -109,8 +109,6 @@ def test_lowers_for_a_gpu(case, segments):
     dssm = shape((b, h, P, N), "f4")
     text = run.trace(inputs, prepared, seq.x, dssm).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2 * segments + 1  # states of segments and sequences, both ways
-    anew = ["%tid.x" in call for call in text.split("custom_call @mosaic_gpu")[1:]]
-    assert anew == [False] * 2 * segments + [True]  # only the last reads its threads' numbers itself
 
 
 @pytest.mark.parametrize("registers", [mimo_gradients.REGISTERS, 2 * mimo_forward.REGISTERS], ids=["back", "forward"])

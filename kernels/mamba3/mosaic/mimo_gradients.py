@@ -63,7 +63,6 @@ from .mimo_shares import Shares
 from .mimo_turning import get_rates, get_rows, in_rows
 from .mimo_weights import Packed
 from .pieces import PARAMETERS, WG, N, P, S
-from .thread_index import read_anew
 
 _GRID = ("program",)
 # Of a thread of queries, of keys, of their rows: together no more than three times the 168 that a program begins with.
@@ -232,7 +231,6 @@ def gradients(
         turned=shape((batch * chunks * heads, S), f32),
         omega=shape((places, 2, span, S), f32),
     )
-    read_anew(mimo_gradients.__name__)
     arrays = plgpu.kernel(
         mimo_gradients,
         out_type=tuple(out),
