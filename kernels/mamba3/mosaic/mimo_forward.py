@@ -54,7 +54,7 @@ def output_pass(
     d: jax.Array, ssm: jax.Array | None, before: tuple[jax.Array, jax.Array] | None, *,
     segments: int, finer: int = 1, save: bool = False, interpret=None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """y and H after the last token; if asked to save, also H before every chunk, [b, h, chunks, P, N] bfloat16.
+    """y and H after the last token; if asked to save, also H before every chunk, [b, chunks, h, P, N] bfloat16.
 
     y is [b, l, h, P], without gate the rows [b, h, chunks, ROWS, P] of every chunk; bfloat16.
 
@@ -139,7 +139,7 @@ def output_pass(
     y_shape = (batch, heads, chunks, ROWS, P) if z is None else x.shape
     out = [jax.ShapeDtypeStruct(y_shape, x.dtype), jax.ShapeDtypeStruct((batch, heads, P, N), jnp.float32)]
     if save:
-        out.append(jax.ShapeDtypeStruct((batch, heads, chunks, P, N), jnp.bfloat16))
+        out.append(jax.ShapeDtypeStruct((batch, chunks, heads, P, N), jnp.bfloat16))
     given = [() if ssm is None else (ssm,), (prepared.totals, *before) if before else ()]
     return plgpu.kernel(
         body,

@@ -102,7 +102,7 @@ def gradients(
       prepared: from prepare.py, for chunks of 64 / r positions.
       weights: from `mimo_weights.pack`.
       d: [h] float32.
-      chunk_ssm: H before every chunk, [b, h, chunks, P, N] bfloat16.
+      chunk_ssm: H before every chunk, [b, chunks, h, P, N] bfloat16.
       chunk_grad: the gradient of H after every chunk, likewise.
       shares: which heads of which chunks a program has.
       interpret: parameters of the interpreter, if it is to run the kernel.
@@ -156,7 +156,7 @@ def gradients(
             def ask_state(step):
                 source = (ssm_ref, grad_ref)[side]
                 index, ci, head, _ = at(step)
-                plgpu.copy_gmem_to_smem(source.at[index, head, ci], shared.states.at[side], shared.states_here.at[side])
+                plgpu.copy_gmem_to_smem(source.at[index, ci, head], shared.states.at[side], shared.states_here.at[side])
 
             ask_state(first)
             lax.fori_loop(first, jnp.minimum(first + heads, end), functools.partial(clear, side), 0)

@@ -172,7 +172,7 @@ def multiply(
             get_late(ci + 1)
 
         if saved_ref is not None:
-            plgpu.copy_smem_to_gmem(shared.h.at[own], saved_ref.at[index, head, first + ci])
+            plgpu.copy_smem_to_gmem(shared.h.at[own], saved_ref.at[index, first + ci, head])
         y = product(y, x, weighed, simulated, b_t=True)
         state = product(begin(state * jnp.exp2(end), simulated), x * to_rows(to_end), b_rows, simulated)
         y = settle(y, 1, simulated)

@@ -73,7 +73,7 @@ def state_gradients(
       interpret: parameters of the interpreter, if it is to run the kernels.
 
     Returns:
-      [b, h, chunks, P, N] bfloat16 and [b, h, P, N] float32.
+      [b, chunks, h, P, N] bfloat16 and [b, h, P, N] float32.
     """
     given = (dy, z, c, prepared, weights)
     after = _walk(*given, None, (), segments, True, interpret) if segments > 1 else ()
@@ -171,7 +171,7 @@ def _walk(dy, z, c, prepared, weights, last_grad, after, segments: int, states_o
 
             if not states_only:
                 ci = first + count - 1 - back
-                plgpu.copy_smem_to_gmem(all_narrow.at[own], grads_ref.at[index, head, ci])
+                plgpu.copy_smem_to_gmem(all_narrow.at[own], grads_ref.at[index, ci, head])
             rotate_rows([raw.at[slot + mine - own]], [rotated], [bias], [turns], ranks, simulated)
             pl.when(back + 2 < count)(lambda: plgpu.barrier_arrive(free.at[slot]))
             publish(simulated)
@@ -195,7 +195,7 @@ def _walk(dy, z, c, prepared, weights, last_grad, after, segments: int, states_o
             plgpu.wait_smem_to_gmem(0)
 
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
-    out = shape((batch, heads, chunks, P, N), jnp.bfloat16), shape((batch, heads, P, N), f32)
+    out = shape((batch, chunks, heads, P, N), jnp.bfloat16), shape((batch, heads, P, N), f32)
     given = [(prepared.totals,) if states_only else (), () if last_grad is None else (last_grad,), after]
     values = tile(together, span if z is not None else ROWS, P)
     barriers = functools.partial(plgpu.Barrier, num_barriers=together)
