@@ -72,7 +72,8 @@ from .pieces import (
 )  # fmt: skip
 from .products import column_sums, stash_turns, turn_by_hand, unstash_turns
 from .triangles import anticausal_ones, selectors, triangle
-from .wgmma import begin, product, settle
+from .wgmma import begin, settle
+from .wgmma import product_of_constants as product
 
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)

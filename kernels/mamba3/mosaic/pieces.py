@@ -299,6 +299,16 @@ def opaque_zero(simulated: bool) -> jax.Array:
     return inline()
 
 
+def hidden(number: int) -> ir.Value:
+    """An int32 of which what translates the compiler's result to machine code does not know either.
+
+    What it adds to the number is 0, as a grid's second axis is shorter than 2^16.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    code = f"{{ .reg .b32 v; mov.u32 v, %nctaid.y; shr.u32 v, v, 16; add.u32 $0, v, {number}; }}"
+    return llvm.inline_asm(i32, [], code, "=r", has_side_effects=True)
+
+
 def uniform(v: jax.Array, simulated: bool) -> jax.Array:
     """An int32 that is the same in all threads, which the compiler does not know of what was loaded."""
     if simulated:

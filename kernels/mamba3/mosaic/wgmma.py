@@ -4,6 +4,8 @@ That one writes zeros to registers for what begins as 0, long before they are ne
 plain twin for the interpreter (`simulated`).
 """
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -14,12 +16,14 @@ from jax.experimental.mosaic.gpu import fragmented_array, mma_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm, vector
 
-from .pieces import WG
+from .pieces import WG, hidden
 
 IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
 
 
-def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False) -> jax.Array:
+def product(
+    acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False, constant: bool = False
+) -> jax.Array:
     """acc + a @ b; without acc, the product alone. It runs on by itself until `settle`.
 
     Matrices in shared memory are tiles (`pieces.tile`), [64, 128] in blocks or half the columns of one ([4, 2, 2, 8,
@@ -32,6 +36,7 @@ def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, 
       simulated: whether the interpreter runs this.
       a_t: `a` is given transposed, in shared memory.
       b_t: `b` is given transposed.
+      constant: let the assembler know the high halves of descriptors; it then writes them anew for every instruction.
     """
     if simulated:
         left, right = (v if isinstance(v, jax.Array) else _matrix(v) for v in (a, b))
@@ -59,15 +64,19 @@ def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, 
             transposes.insert(0, left[2] != mma_utils.Dim.K)
         registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
         nvvm.wgmma_fence_aligned()
+        high_b, high_a = _high(right, constant), None if in_registers else _high(left, constant)
         for k in range(0, depth, 16):
-            part = words(a[:, k : k + 16]) if in_registers else descriptor(left, k, deep)
-            registers = issue(registers, part, descriptor(right, k, deep), n, transposes)
+            part = words(a[:, k : k + 16]) if in_registers else (*_low(left, k, deep), high_a)
+            registers = issue(registers, part, (*_low(right, k, deep), high_b), n, transposes)
         nvvm.wgmma_commit_group_sync_aligned()
         return array_of(IN_FLIGHT, (64, n), np.array(registers))
 
     types = (WG if in_registers else ref_type(a), ref_type(b)) + ((IN_FLIGHT,) if acc is not None else ())
     out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
+
+
+product_of_constants = functools.partial(product, constant=True)  # SISO's, not timed with the others
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -123,15 +132,21 @@ def begin(v: jax.Array, simulated: bool) -> jax.Array:
     return plgpu.inline_mgpu(arg_types=(WG,), return_type=out)(lambda ctx, v: v.to_layout(IN_FLIGHT.to_mgpu()))(v)
 
 
-def descriptor(parts, k: int, deep: int) -> tuple[ir.Value, int, int]:
-    """Of an operand, from its row or column k on: its low 32 bits as a value and what is to be added, its high bits."""
+def _low(parts, k: int, deep: int) -> tuple[ir.Value, int]:
+    """The low 32 bits of an operand's descriptor from its row or column k on: a value and what is to be added."""
     ((base, constant), (_, steps)), (_, group_stride), _ = parts
     group, within = divmod(k, deep)
     offset = mma_utils.encode_addr(group * group_stride) + (within // 16) * mma_utils.encode_addr(steps[0])
-    return base, offset + (constant & 0xFFFFFFFF), constant >> 32
+    return base, offset + (constant & 0xFFFFFFFF)
 
 
-def issue(acc, a, b: tuple[ir.Value, int, int], n: int, transposes: list[bool]) -> list[ir.Value]:
+def _high(parts, constant: bool) -> ir.Value | int:
+    """The others, of all its descriptors."""
+    number = parts[0][0][1] >> 32
+    return number if constant else hidden(number)
+
+
+def issue(acc, a, b: tuple[ir.Value, int, ir.Value | int], n: int, transposes: list[bool]) -> list[ir.Value]:
     """One instruction, 16 deep; `a`: 4 registers or a descriptor; `transposes`: of those operands that are in memory.
 
     Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
@@ -147,8 +162,12 @@ def issue(acc, a, b: tuple[ir.Value, int, int], n: int, transposes: list[bool]) 
     for name, operand in (("a", a), ("b", b)):
         if isinstance(operand, tuple):
             base, low, high = operand
-            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; mov.b64 {name}, {{low_{name}, {high}}}; "
+            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; "
             inputs.append(base)
+            if isinstance(high, ir.Value):
+                inputs.append(high)
+                high = f"${first + len(inputs) - 1}"
+            code += f"mov.b64 {name}, {{low_{name}, {high}}}; "
             names[name] = name
     flags = "".join(f", {int(v)}" for v in transposes)
     code = (
