@@ -52,6 +52,11 @@ def _at(values: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values, positions, axis=1, mode="clip")
 
 
+def _below(randoms: jax.Array, n: jax.Array) -> jax.Array:
+    """int32 in [0, n), of random bits."""
+    return (randoms % n.astype(jnp.uint32)).astype(jnp.int32)
+
+
 def _cut(sizes: jax.Array, randoms: jax.Array, uneven_above: jax.Array | None) -> tuple[_Nodes, jax.Array]:
     """Draws trees.
 
@@ -66,14 +71,13 @@ def _cut(sizes: jax.Array, randoms: jax.Array, uneven_above: jax.Array | None) -
     position = jnp.broadcast_to(jnp.arange(randoms.shape[1], dtype=jnp.int32)[None, :], randoms.shape)
 
     def owned(start, size):
-        choices = jnp.maximum(size - _LEAST_CUT + 1, 1)
-        left = 1 + (_at(randoms, start) % choices.astype(jnp.uint32)).astype(jnp.int32)
+        choices, random = jnp.maximum(size - _LEAST_CUT + 1, 1), _at(randoms, start)
+        left = 1 + _below(random, choices)
         if uneven_above is not None:
             near = jnp.minimum(_NEAR_END, choices)
-            place = (_at(randoms, start) % (2 * near).astype(jnp.uint32)).astype(jnp.int32)
-            left = jnp.where(
-                size > uneven_above[:, None], 1 + jnp.where(place < near, place, choices - 1 - place + near), left
-            )
+            place = _below(random, 2 * near)
+            at_an_end = jnp.where(place < near, 1 + place, choices + near - place)
+            left = jnp.where(size > uneven_above[:, None], at_an_end, left)
         nodes = _Nodes(start, size, start + 1 + left)
         own = (position <= start) | (position == nodes.operator) | (position >= start + size - 1)
         return nodes, ~own & (size >= _LEAST_CUT)
