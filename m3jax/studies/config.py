@@ -102,9 +102,7 @@ class TrainingConfig:
     # The curriculum: longest length:steps of every stage in turn; spaces between the lengths of steps that alternate.
     stages: str = "40:1000"  # or SHORTEST-LONGEST in place of a longest length
     shortest: int = 3  # length where a stage has none; 0 = all sequences of a step are as long as its longest
-    drawn_as: str = (
-        ""  # task:other task, whose sequences it is trained with instead of its own; it is tested on its own
-    )
+    drawn_as: str = ""  # task:other task, whose sequences it is trained with; it is tested on its own
     array_lengths: str = "40"  # arrays hold sequences of one of these lengths, the first that is enough; each compiles
     batch_size: int = 256
     packed: bool = False  # two sequences in a row, lengths drawn in pairs of one sum (questions.py): less padding
@@ -137,7 +135,7 @@ class TrainingConfig:
 
     @property
     def training_tasks(self) -> dict[str, str]:
-        """{task: whose sequences it is trained with}, of tasks that are not trained with their own."""
+        """{task: whose sequences it is trained with}; all others are trained with their own."""
         return dict(_pairs("train.drawn_as", self.drawn_as, "TASK:TASK", str, str) if self.drawn_as else ())
 
     @property
@@ -212,6 +210,7 @@ def build_study(values: ConfigDict | dict[str, Any]) -> StudyConfig:
             f"0 or a divisor of the {runs} runs of a group")  # fmt: skip
     require(study.evaluation.sequences >= 1, "evaluation.sequences", study.evaluation.sequences, "at least 1")
     _check_lengths(study)
+    _check_drawn_as(study)
     return study
 
 
@@ -260,20 +259,29 @@ def _check_train(train: TrainingConfig) -> None:
 
 
 def _check_lengths(study: StudyConfig) -> None:
-    """Lengths are in order, every task has them, and those that tasks are drawn as have the same."""
+    """Lengths are in order, and every task has them."""
     spans = {"train.stages": study.training_spans, "evaluation.lengths": study.evaluation.spans}
-    for name in study.train.training_tasks:
-        one_of("train.drawn_as", name, tuple(dict(study.grid.task_layers)))
     for name, _ in study.grid.task_layers:
         for key, of_key in spans.items():
             for span in of_key:
                 task = span.task(name)
-                other = span.task(study.train.training_tasks.get(name, name))
-                require(other.vocab_size == task.vocab_size and other.shortest == task.shortest, "train.drawn_as",
-                        study.train.drawn_as, f"tasks with the tokens and lengths of {task.name}")  # fmt: skip
                 least = task.shortest - study.grid.shift(name)
                 require(least <= span.shortest <= span.longest, key, span.label,
                         f"lengths in ascending order, for {task.name} of at least {least}")  # fmt: skip
+
+
+def _check_drawn_as(study: StudyConfig) -> None:
+    """What a task is drawn as fits into its arrays and model."""
+
+    def sizes(task: Task, longest: int) -> tuple[int, ...]:
+        return task.vocab_size, task.shortest, task.positions(longest), task.answers(longest)
+
+    for name, other in study.train.training_tasks.items():
+        one_of("train.drawn_as", name, tuple(dict(study.grid.task_layers)))
+        for span in study.training_spans:
+            longest = span.longest + study.grid.shift(name)
+            require(sizes(span.task(name), longest) == sizes(span.task(other), longest), "train.drawn_as",
+                    study.train.drawn_as, f"a task with the tokens and lengths of {name}")  # fmt: skip
 
 
 def _range(text: str) -> tuple[float, float]:

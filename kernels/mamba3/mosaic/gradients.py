@@ -73,7 +73,7 @@ from .pieces import (
 from .products import column_sums, stash_turns, turn_by_hand, unstash_turns
 from .triangles import anticausal_ones, selectors, triangle
 from .wgmma import begin, settle
-from .wgmma import product_of_constants as product
+from .wgmma import product_with_constant_descriptors as product
 
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)

@@ -300,9 +300,9 @@ def opaque_zero(simulated: bool) -> jax.Array:
 
 
 def hidden(number: int) -> ir.Value:
-    """An int32 of which what translates the compiler's result to machine code does not know either.
+    """The number as an int32 of which neither compiler nor assembler know the value, so that it stays in a register.
 
-    What it adds to the number is 0, as a grid's second axis is shorter than 2^16.
+    What is added to it is 0, which they cannot tell: a grid's second axis is shorter than 2^16.
     """
     i32 = ir.IntegerType.get_signless(32)
     code = f"{{ .reg .b32 v; mov.u32 v, %nctaid.y; shr.u32 v, v, 16; add.u32 $0, v, {number}; }}"

@@ -76,7 +76,7 @@ def product(
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
 
 
-product_of_constants = functools.partial(product, constant=True)  # SISO's, not timed with the others
+product_with_constant_descriptors = functools.partial(product, constant=True)  # SISO's, not timed with the others
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
