@@ -16,8 +16,8 @@ from .mimo_mixing import expand, fold, gated, mixing, of_same_rows, over_ranks, 
 from .mimo_pieces import column_blocks, iotas, positions, spread, store_diagonal
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
 from .mimo_turning import phases
-from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z, touch
-from .pieces import WG, cos_sin, load_rows, meet, opaque_zero, publish, widen
+from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z, load_of_ranks, touch
+from .pieces import WG, cos_sin, meet, opaque_zero, publish, widen
 from .wgmma import product, settle
 
 
@@ -67,13 +67,12 @@ def make_rows(
         angle = own_angles(phases(*given, *iotas(zero, ranks), ranks, simulated), ranks, simulated)
         store_turns(shared.turns.at[slot + zero], *cos_sin(angle, simulated), ranks, simulated)
         meet(simulated)
-        biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated) for side in (0, 1)]
+        biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated, 4) for side in (0, 1)]
         sides = (QUERIES, KEYS)
         rotated = [shared.rot.at[slot + zero, side] for side in sides]
         raw, turns = [shared.raw.at[side + zero] for side in sides], shared.turns.at[slot + zero]
         rotate_rows(raw, rotated, biases, [turns, turns], ranks, simulated)
-        weights = [[load_rows(mimo_ref.at[head + zero, kind, rank]) for rank in range(ranks)]
-                   for kind in (MIMO_X, MIMO_Z, MIMO_O)]  # fmt: skip
+        weights = [load_of_ranks(mimo_ref.at[head + zero], kind, simulated) for kind in (MIMO_X, MIMO_Z, MIMO_O)]
         plgpu.barrier_wait(shared.values_here.at[slot])
 
         def load(ref):

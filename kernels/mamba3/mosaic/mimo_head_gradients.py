@@ -29,7 +29,7 @@ from .mimo_pieces import (
 )
 from .mimo_rotation import load_turns
 from .mimo_turning import rates_of_chunk
-from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z
+from .mimo_weights import MIMO_O, MIMO_X, MIMO_Z, load_of_ranks
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -151,7 +151,7 @@ class Head(NamedTuple):
 
     def weights(self, kind: int) -> list[jax.Array]:
         """Of all ranks, [P] each."""
-        return [load_rows(self.mimo.at[kind, rank]) for rank in range(self.ranks)]
+        return load_of_ranks(self.mimo, kind, self.simulated)
 
     def transposed(self, ref) -> jax.Array:
         """x, z or dy, [P, T] float32."""

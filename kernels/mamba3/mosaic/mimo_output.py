@@ -28,7 +28,6 @@ from .pieces import (
     S,
     cos_sin,
     load_cols,
-    load_rows,
     opaque_zero,
     publish,
     rows,
@@ -127,7 +126,7 @@ def multiply(
         plgpu.copy_gmem_to_smem(z_ref.at[index, place.span(ci), head], shared.z.at[own], shared.z_here.at[own])
 
     def weights(kind, zero=0):
-        return [load_rows(mimo_ref.at[head + zero, kind, rank]) for rank in range(ranks)]
+        return of.load_of_ranks(mimo_ref.at[head + zero], kind, simulated)
 
     get_late(0)
     get_x(0)

@@ -17,7 +17,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from .mimo_pieces import BLOCKS, HALF_ROWS, POS, has_upper_pair
-from .mimo_weights import HALVES, unpack_biases
+from .mimo_weights import HALVES, by_column, unpack_biases
 from .pieces import HALF, WG, N, P, S
 from .wgmma import array_of
 
@@ -104,33 +104,26 @@ def load_turns(ref, ranks: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
     return inline(ref)
 
 
-def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool) -> jax.Array:
+def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool, words: int = 1) -> jax.Array:
     """Biases of a head's B (0) or C (1) that a thread needs. `ref`: of one head, from `mimo_weights.pack`."""
     if simulated:
-        return jnp.stack([
-            jnp.concatenate([unpack_biases(ref[rank, half])[matrix] for half in range(HALVES)]) for rank in range(ranks)
-        ])  # fmt: skip
+        halves = [jnp.stack([unpack_biases(ref[rank, k])[matrix] for rank in range(ranks)]) for k in range(HALVES)]
+        return jnp.concatenate([by_column(halves[0]), halves[1]], axis=1)
     out = plgpu.ShapeDtypeStruct(_CARRIED, jnp.bfloat16, layout=WG)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=out)
     def inline(ctx, memory, matrix):
         i32, i8 = (ir.IntegerType.get_signless(k) for k in (32, 8))
-        two, c, thread = ir.VectorType.get((2,), ir.BF16Type.get()), mgpu.utils.c, mgpu.utils.thread_idx()
+        c, thread = mgpu.utils.c, mgpu.utils.thread_idx()
         at = arith.muli(matrix.registers.flat[0], c(2 * P, i32))
         if ranks == 4:
             at = arith.addi(at, arith.muli(_bits(thread, 6, 1), c(2 * 4 * P * HALVES, i32)))
         pointer = llvm.addrspacecast(llvm.PointerType.get(1), mgpu.utils.memref_ptr(memory))
         pointer = mgpu.utils.getelementptr(pointer, [at], i8)
-        # Columns 8 j + 2 q are at 64 (j // 4) + 16 q + 4 (j % 4).
-        turning = arith.addi(arith.muli(_bits(thread, 1, 2), c(4, i32)), arith.muli(_bits(thread, 0, 1), c(32, i32)))
-        resting = arith.addi(arith.muli(_bits(thread, 2, 1), c(64, i32)), arith.muli(_bits(thread, 0, 2), c(4, i32)))
-        turning, resting = (mgpu.utils.getelementptr(pointer, [v], i8) for v in (turning, resting))
-        registers = []
-        for k in range(2):
-            row = 4 * P * HALVES * k
-            places = [(turning, row + 64 * half + 16 * q) for half in range(2) for q in range(2)]
-            places += [(resting, row + 4 * P + 16 * q) for q in range(4)]
-            registers += [llvm.load(two, mgpu.utils.getelementptr(v, [at], i8), alignment=4) for v, at in places]
+        pointer = mgpu.utils.getelementptr(pointer, [arith.muli(_bits(thread, 0, 3), c(16, i32))], i8)
+        places = [4 * P * (HALVES * k + half) for k in range(2) for half in range(HALVES)]
+        places = [at + 4 * k for at in places for k in range(0, 4, words)]
+        registers = [v for at in places for v in _load(mgpu.utils.getelementptr(pointer, [at], i8), words)]
         return array_of(WG, _CARRIED, np.array(registers))
 
     return inline(ref, matrix)

@@ -27,7 +27,7 @@ from .mimo_mixing import gated, to_rows
 from .mimo_pieces import ROWS, blocks, iotas, positions
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
 from .mimo_turning import get_rates, get_rows, in_rows, phases, rates_of_chunk
-from .mimo_weights import MIMO_O, MIMO_Z, Packed
+from .mimo_weights import MIMO_O, MIMO_Z, Packed, load_of_ranks
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -39,7 +39,6 @@ from .pieces import (
     S,
     cos_sin,
     load_cols,
-    load_rows,
     meet,
     opaque_zero,
     publish,
@@ -220,4 +219,4 @@ def _of_rows(dy, z, mimo, ranks: int, simulated: bool) -> jax.Array:
     if z is None:
         return dy
     z = widen(plgpu.load(z.transpose((1, 0)), layout=WG), simulated)
-    return gated(z, dy, *([load_rows(mimo.at[kind, k]) for k in range(ranks)] for kind in (MIMO_Z, MIMO_O)))
+    return gated(z, dy, *(load_of_ranks(mimo, kind, simulated) for kind in (MIMO_Z, MIMO_O)))

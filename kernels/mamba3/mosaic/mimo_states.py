@@ -20,7 +20,7 @@ from .forward import Prepared, by_parts
 from .mimo_pieces import blocks, iotas, positions
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
 from .mimo_turning import get_rates, get_rows, in_rows, phases, rates_of_chunk
-from .mimo_weights import MIMO_X, Packed
+from .mimo_weights import MIMO_X, Packed, load_of_ranks
 from .pieces import (
     COEFFICIENTS,
     DECAY,
@@ -32,7 +32,6 @@ from .pieces import (
     S,
     cos_sin,
     load_cols,
-    load_rows,
     meet,
     opaque_zero,
     rows,
@@ -100,7 +99,7 @@ def state_pass(
             pl.when(count > 0)(lambda: get_b(0))
             pl.when(count > 1)(lambda: get_b(1))
 
-        of_x = [load_rows(mimo_ref.at[head, MIMO_X, rank]).astype(jnp.bfloat16) for rank in range(ranks)]
+        of_x = [v.astype(jnp.bfloat16) for v in load_of_ranks(mimo_ref.at[head], MIMO_X, simulated)]
         bias = load_biases(weight_ref.at[head], jnp.int32(0), ranks, simulated)
 
         def chunk(ci, carry):
