@@ -57,6 +57,7 @@ from .mimo_head_gradients import (
     finish,
     head_of,
     keys,
+    later_rows,
     queries,
 )
 from .mimo_pieces import HALF_ROWS, POS, RANKS, ROWS, add_counted, add_of_ranks, positions, split, unspread
@@ -165,6 +166,7 @@ def gradients(
             if side == QUERIES:
                 plgpu.copy_gmem_to_smem(ones_ref, shared.ones, shared.ones_here)
             plgpu.barrier_wait(shared.ones_here)
+            later = later_rows(ranks, simulated)
 
             def one(step, carry):
                 index, ci, number, of = at(step)
@@ -188,7 +190,7 @@ def gradients(
                         plgpu.copy_smem_to_gmem((shared.z, shared.x)[side].at[slot], to.value)
                     pl.when(step + 1 < end)(lambda: ask_state(step + 1))
 
-                total, domega = finish(side, shared, head, to, down, through, carry, leave)
+                total, domega = finish(side, shared, head, to, later, down, through, carry, leave)
                 ahead_of = 2 if ranks == 4 else 1  # steps, which wait for this
                 pl.when(step + ahead_of < end)(lambda: plgpu.barrier_arrive(shared.empty.at[slot]))
 

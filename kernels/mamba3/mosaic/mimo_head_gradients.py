@@ -223,8 +223,15 @@ def keys(head: Head, to: Written) -> tuple[jax.Array, Through]:
     return down, Through(dphase, turning)
 
 
+def later_rows(ranks: int, simulated: bool) -> jax.Array:
+    """1 where a column's position is not before a row's, [32, positions], else 0: bfloat16."""
+    row, column = mimo.iotas(opaque_zero(simulated), ranks)
+    return spread(jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16), simulated)
+
+
 def finish(
-    side: int, shared: Shared, head: Head, to: Written, down: jax.Array, through: Through | None, carry, leave: Callable
+    side: int, shared: Shared, head: Head, to: Written, later: jax.Array, down: jax.Array, through: Through | None,
+    carry, leave: Callable,
 ):  # fmt: skip
     """Turns dC or dB back, into the sums over heads that `carry` holds (also of dω). `leave`: once both are found."""
     ranks, simulated, own = head.ranks, head.simulated, head.rows[side]
@@ -252,8 +259,6 @@ def finish(
     _store_parts(dphase_tile.at[pl.ds(0, HALF_ROWS)], dphase, simulated)
     publish(simulated)
     meet(simulated)  # staged
-    row, column = mimo.iotas(head.zero, ranks)
-    later = spread(jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16), simulated)
     later = jnp.concatenate([later] * (ranks // 2), axis=1)  # of the positions of every pair
     if side == KEYS:  # and, of what passes through G, of all positions
         zeros, ones = (jnp.full_like(later, v) for v in (0, 1))
