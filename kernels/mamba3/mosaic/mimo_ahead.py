@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from .mimo_head_gradients import EARLY_SLOTS, KEYS, OVERLAP, QUERIES, SAME, WITHIN, Shared
+from .mimo_head_gradients import EARLY_SLOTS, KEYS, OVERLAP, QUERIES, SAME, SIDES, WITHIN, Shared
 from .mimo_mixing import expand, fold, gated, mixing, of_same_rows, over_ranks, skips_of, weigh
 from .mimo_pieces import column_blocks, iotas, positions, spread, store_diagonal
 from .mimo_rotation import load_biases, own_angles, rotate_rows, store_turns
@@ -66,7 +66,7 @@ def make_rows(
         given = shared.coefficients.at[early + zero], shared.start.at[early], shared.rates.at[of.slot]
         angle = own_angles(phases(*given, *iotas(zero, ranks), ranks, simulated), ranks, simulated)
         store_turns(shared.turns.at[slot + zero], *cos_sin(angle, simulated), ranks, simulated)
-        meet(simulated)
+        meet(simulated, len(SIDES))
         biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated, 4) for side in (0, 1)]
         sides = (QUERIES, KEYS)
         rotated = [shared.rot.at[slot + zero, side] for side in sides]
@@ -83,7 +83,7 @@ def make_rows(
             g = gated(*(widen(load(v), simulated) for v in (shared.z, shared.dy)), *weights[1:])
             shared.values.at[slot + zero, 1].transpose((1, 0))[...] = g.astype(jnp.bfloat16)
         publish(simulated)
-        meet(simulated)  # rows, X and g are there
+        meet(simulated, len(SIDES))  # rows, X and g are there
         g_tile = shared.dy.at[slot + zero] if shared.z is None else shared.values.at[slot + zero, 1]
         weighed, overlaps = (v.at[(slot if ranks == 4 else 0) + zero] for v in (shared.weighed, shared.overlaps))
         scores = product(None, rotated[KEYS], rotated[QUERIES], simulated, b_t=True)

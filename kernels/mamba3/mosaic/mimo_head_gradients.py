@@ -49,6 +49,7 @@ from .pieces import (
     opaque_zero,
     pick,
     publish,
+    read_out,
     rows,
     tile,
     widen,
@@ -258,7 +259,7 @@ def finish(
         _store_parts(head.overlaps.at[pl.ds(HALF_ROWS, HALF_ROWS)], through.dphase, simulated)
     _store_parts(dphase_tile.at[pl.ds(0, HALF_ROWS)], dphase, simulated)
     publish(simulated)
-    meet(simulated)  # staged
+    meet(simulated, side)  # staged
     later = jnp.concatenate([later] * (ranks // 2), axis=1)  # of the positions of every pair
     if side == KEYS:  # and, of what passes through G, of all positions
         zeros, ones = (jnp.full_like(later, v) for v in (0, 1))
@@ -276,7 +277,7 @@ def finish(
         mimo.store_row(to.turned, passed, simulated)
     to.vectors[TURN[side]] = jnp.sum(phase * (rates[0] + rates[1]), axis=1) * (2 / ranks)  # every pair has the sum
     mimo.add_counted(to.biases, settle(found, 0, simulated), simulated)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # this, too, makes the warps meet
+    read_out(simulated, side)
     return total, domega + step * phase
 
 
