@@ -67,8 +67,8 @@ def make_rows(
         angle = own_angles(phases(*given, *iotas(zero, ranks), ranks, simulated), ranks, simulated)
         store_turns(shared.turns.at[slot + zero], *cos_sin(angle, simulated), ranks, simulated)
         meet(simulated, len(SIDES))
-        biases = [load_biases(weight_ref.at[head + zero], jnp.int32(1 - side), ranks, simulated, 4) for side in (0, 1)]
-        sides = (QUERIES, KEYS)
+        sides, packed = (QUERIES, KEYS), weight_ref.at[head + zero]
+        biases = [load_biases(packed, jnp.int32(1 - side), ranks, simulated, words=4) for side in sides]
         rotated = [shared.rot.at[slot + zero, side] for side in sides]
         raw, turns = [shared.raw.at[side + zero] for side in sides], shared.turns.at[slot + zero]
         rotate_rows(raw, rotated, biases, [turns, turns], ranks, simulated)

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .copies import elect_on_the_spot
+from .copies import elect_at_copies
 from .forward import Prepared, by_parts
 from .mimo_ahead import Asks, make_rows
 from .mimo_head_gradients import (
@@ -57,7 +57,7 @@ from .mimo_head_gradients import (
     finish,
     head_of,
     keys,
-    later_rows,
+    not_before,
     queries,
 )
 from .mimo_pieces import HALF_ROWS, POS, RANKS, ROWS, add_counted, add_of_ranks, positions, split, unspread
@@ -119,7 +119,7 @@ def gradients(
         (x_ref, z_ref, dy_ref, c_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, d_ref,
          ssm_ref, grad_ref, ones_ref, *refs) = refs  # fmt: skip
         out, shared = Gradients(*refs[: len(Gradients._fields)]), Shared(*refs[len(Gradients._fields) :])
-        elect_on_the_spot(simulated)
+        elect_at_copies(simulated)
         program = lax.axis_index("program")
         first, end = shares.of(program)
         at = shares.place
@@ -166,7 +166,7 @@ def gradients(
             if side == QUERIES:
                 plgpu.copy_gmem_to_smem(ones_ref, shared.ones, shared.ones_here)
             plgpu.barrier_wait(shared.ones_here)
-            later = later_rows(ranks, simulated)
+            later = not_before(ranks, simulated)
 
             def one(step, carry):
                 index, ci, number, of = at(step)

@@ -224,8 +224,8 @@ def keys(head: Head, to: Written) -> tuple[jax.Array, Through]:
     return down, Through(dphase, turning)
 
 
-def later_rows(ranks: int, simulated: bool) -> jax.Array:
-    """1 where a column's position is not before a row's, [32, positions], else 0: bfloat16."""
+def not_before(ranks: int, simulated: bool) -> jax.Array:
+    """1 where the column's position is not before the row's, else 0: bfloat16, [32, positions]. `finish` takes it."""
     row, column = mimo.iotas(opaque_zero(simulated), ranks)
     return spread(jnp.where(row <= column, 1.0, 0.0).astype(jnp.bfloat16), simulated)
 

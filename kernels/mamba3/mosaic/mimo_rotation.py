@@ -105,7 +105,10 @@ def load_turns(ref, ranks: int, simulated: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def load_biases(ref, matrix: jax.Array, ranks: int, simulated: bool, words: int = 1) -> jax.Array:
-    """Biases of a head's B (0) or C (1) that a thread needs. `ref`: of one head, from `mimo_weights.pack`."""
+    """Biases of a head's B (0) or C (1) that a thread needs. `ref`: of one head, from `mimo_weights.pack`.
+
+    `words`: that are read at once, up to 4; then they take registers in a row, which biases that are kept should not.
+    """
     if simulated:
         halves = [jnp.stack([unpack_biases(ref[rank, k])[matrix] for rank in range(ranks)]) for k in range(HALVES)]
         return jnp.concatenate([by_column(halves[0]), halves[1]], axis=1)

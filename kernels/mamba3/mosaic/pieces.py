@@ -27,7 +27,6 @@ HALF = N // 2  # of the state's coordinates: the first rotates, the second does 
 COEFFICIENTS = 6
 DECAY, OTHER, OWN, STEP_HIGH, STEP_LOW, TO_END = range(COEFFICIENTS)
 
-WARPGROUP = 128  # threads
 MULTIPROCESSORS = 132  # of a large Hopper GPU
 WG = plgpu.Layout.WGMMA
 PARAMETERS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
@@ -274,7 +273,7 @@ def publish(simulated: bool) -> None:
 
 
 def meet(simulated: bool, warpgroup: int | None = None) -> None:
-    """A barrier of the warpgroup; `warpgroup`: its number, where it is known before the kernel runs."""
+    """A barrier of the warpgroup; `warpgroup`: its number, if it is known, which takes fewer instructions."""
     if simulated:
         plgpu.commit_smem()
         return
@@ -284,13 +283,14 @@ def meet(simulated: bool, warpgroup: int | None = None) -> None:
         if warpgroup is None:
             mgpu.warpgroup_barrier()
         else:
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], f"bar.sync {warpgroup + 1}, {WARPGROUP};", "", has_side_effects=True)
+            code = f"bar.sync {warpgroup + 1}, 128;"
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
 
     inline()
 
 
 def read_out(simulated: bool, warpgroup: int) -> None:
-    """Waits until all copies from shared memory have read it, and for the warpgroup."""
+    """Waits until copies from shared memory have read it, and for the warpgroup."""
     if simulated:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return
