@@ -72,8 +72,7 @@ from .pieces import (
 )  # fmt: skip
 from .products import column_sums, stash_turns, turn_by_hand, unstash_turns
 from .triangles import anticausal_ones, selectors, triangle
-from .wgmma import begin, settle
-from .wgmma import product_with_constant_descriptors as product
+from .wgmma import begin, product, settle
 
 _GRID = ("batch", "block", "chunk")
 _SCORES, _VALUES = range(2)

@@ -13,8 +13,7 @@ from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 
 from .pieces import STEP_HIGH, STEP_LOW, WG, S, T, _int, _places, cols, load_cols, load_tile
 from .triangles import causal_ones
-from .wgmma import array_of, ref_type, settle
-from .wgmma import product_with_constant_descriptors as product
+from .wgmma import array_of, product, ref_type, settle
 
 
 def turn_by_hand(coefficients, start, rates, chosen: jax.Array, simulated: bool):

@@ -4,8 +4,6 @@ That one writes zeros to registers for what begins as 0, long before they are ne
 plain twin for the interpreter (`simulated`).
 """
 
-import functools
-
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -21,9 +19,7 @@ from .pieces import WG, hidden
 IN_FLIGHT = plgpu.Layout._WGMMA_ACC_32BIT  # of accumulators
 
 
-def product(
-    acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False, constant: bool = False
-) -> jax.Array:
+def product(acc: jax.Array | None, a, b, simulated: bool, *, a_t: bool = False, b_t: bool = False) -> jax.Array:
     """acc + a @ b; without acc, the product alone. It runs on by itself until `settle`.
 
     Matrices in shared memory are tiles (`pieces.tile`), [64, 128] in blocks or half the columns of one ([4, 2, 2, 8,
@@ -36,7 +32,6 @@ def product(
       simulated: whether the interpreter runs this.
       a_t: `a` is given transposed, in shared memory.
       b_t: `b` is given transposed.
-      constant: let the assembler know the high halves of descriptors; it then writes them anew for every instruction.
     """
     if simulated:
         left, right = (v if isinstance(v, jax.Array) else _matrix(v) for v in (a, b))
@@ -64,7 +59,7 @@ def product(
             transposes.insert(0, left[2] != mma_utils.Dim.K)
         registers = list(fragmented_array.optimization_barrier(acc[0]).registers.flat) if acc else None
         nvvm.wgmma_fence_aligned()
-        high_b, high_a = _high(right, constant), None if in_registers else _high(left, constant)
+        high_b, high_a = _high(right), None if in_registers else _high(left)
         for k in range(0, depth, 16):
             part = words(a[:, k : k + 16]) if in_registers else (*_low(left, k, deep), high_a)
             registers = issue(registers, part, (*_low(right, k, deep), high_b), n, transposes)
@@ -74,9 +69,6 @@ def product(
     types = (WG if in_registers else ref_type(a), ref_type(b)) + ((IN_FLIGHT,) if acc is not None else ())
     out = plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=IN_FLIGHT)
     return plgpu.inline_mgpu(arg_types=types, return_type=out)(inline)(a, b, *(() if acc is None else (acc,)))
-
-
-product_with_constant_descriptors = functools.partial(product, constant=True)  # SISO's, not timed with the others
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -140,13 +132,12 @@ def _low(parts, k: int, deep: int) -> tuple[ir.Value, int]:
     return base, offset + (constant & 0xFFFFFFFF)
 
 
-def _high(parts, constant: bool) -> ir.Value | int:
-    """The others, of all its descriptors."""
-    number = parts[0][0][1] >> 32
-    return number if constant else hidden(number)
+def _high(parts) -> ir.Value:
+    """The others, of all its descriptors; hidden, as the assembler writes what it knows anew at every instruction."""
+    return hidden(parts[0][0][1] >> 32)
 
 
-def issue(acc, a, b: tuple[ir.Value, int, ir.Value | int], n: int, transposes: list[bool]) -> list[ir.Value]:
+def issue(acc, a, b: tuple[ir.Value, int, ir.Value], n: int, transposes: list[bool]) -> list[ir.Value]:
     """One instruction, 16 deep; `a`: 4 registers or a descriptor; `transposes`: of those operands that are in memory.
 
     Descriptors are put together in the assembly: outside, the compiler would find all before the loop and keep them in
@@ -162,12 +153,9 @@ def issue(acc, a, b: tuple[ir.Value, int, ir.Value | int], n: int, transposes: l
     for name, operand in (("a", a), ("b", b)):
         if isinstance(operand, tuple):
             base, low, high = operand
-            code += f"add.u32 low_{name}, ${first + len(inputs)}, {low}; "
-            inputs.append(base)
-            if isinstance(high, ir.Value):
-                inputs.append(high)
-                high = f"${first + len(inputs) - 1}"
-            code += f"mov.b64 {name}, {{low_{name}, {high}}}; "
+            at = first + len(inputs)
+            code += f"add.u32 low_{name}, ${at}, {low}; mov.b64 {name}, {{low_{name}, ${at + 1}}}; "
+            inputs += [base, high]
             names[name] = name
     flags = "".join(f", {int(v)}" for v in transposes)
     code = (
