@@ -39,7 +39,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .copies import elect_at_copies
 from .forward import Prepared, by_parts
 from .mimo_ahead import Asks, make_rows
 from .mimo_head_gradients import (
@@ -119,7 +118,6 @@ def gradients(
         (x_ref, z_ref, dy_ref, c_ref, b_ref, coefficient_ref, rate_ref, start_ref, weight_ref, mimo_ref, d_ref,
          ssm_ref, grad_ref, ones_ref, *refs) = refs  # fmt: skip
         out, shared = Gradients(*refs[: len(Gradients._fields)]), Shared(*refs[len(Gradients._fields) :])
-        elect_at_copies(simulated)
         program = lax.axis_index("program")
         first, end = shares.of(program)
         at = shares.place
