@@ -14,6 +14,8 @@ from jax.interpreters import mlir
 from jax_triton import triton_lib
 from jaxlib.mlir import ir
 
+from . import triton_by_xla
+
 TARGET = "triton_kernel_call_ffi"  # registered by jaxlib
 _TYPED_FFI = 4  # the number of XLA's present interface
 _MAX_GRID_AXIS = 65535  # CUDA's, of the second and third axis
@@ -29,6 +31,8 @@ def batch_too_large(batch: int) -> str | None:
 
 # Calls with another target, of whoever else uses jax-triton here, stay as they are.
 def _lower(ctx: mlir.LoweringRuleContext, *args: ir.Value, **params) -> list[ir.Value]:
+    if params["custom_call_target_name"] == triton_by_xla.TARGET:
+        return triton_by_xla.lower(ctx, *args, **params)
     results = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, ctx, *args, **params)
     if params["custom_call_target_name"] == TARGET:
         attributes = results[0].owner.attributes
@@ -51,6 +55,7 @@ def launch(
     `batch_axis`: the axis of the grid that goes over rows. Under vmap over r runs one launch serves all of them: that
     axis of the grid and the first axis of every array are r times as long, run after run, and nothing else changes: a
     kernel finds the run of a row by the number of rows of one run. None: the launches of the runs follow one another.
+    A constant EARLY that is true: by XLA (triton_by_xla.py).
     """
 
     def call(*args: jax.Array) -> list[jax.Array]:
@@ -85,5 +90,6 @@ def call_kernel(kernel, args, scalars, out, grid, warps, constants, aliases) -> 
     """The call itself, arguments as in `launch`."""
     return jax_triton.triton_call(
         *args, *scalars.values(), kernel=kernel, out_shape=list(out), grid=grid, num_warps=warps, num_stages=1,
-        input_output_aliases=aliases, custom_call_target_name=TARGET, **constants,
+        input_output_aliases=aliases,
+        custom_call_target_name=triton_by_xla.TARGET if constants.get("EARLY") else TARGET, **constants,
     )  # fmt: skip

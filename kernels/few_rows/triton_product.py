@@ -18,6 +18,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from .. import triton_by_xla
+from ..triton_by_xla import wait_and_let_next_start
 from ..triton_launch import MAX_ELEMENTS, launch
 from . import xla
 from .form import Form
@@ -83,7 +85,8 @@ def _product(x, weight, scale, residual, form, tiling):
         [jax.ShapeDtypeStruct((1, outer), (weight if residual is None else residual).dtype)],
         (triton.cdiv(outer, tiling.columns), 1, 1), tiling.warps,
         {"K": inner, "N": outer, "BN": tiling.columns, "BK": tiling.depth, "NORM": scale is not None,
-         "GATED": form.gated, "RESIDUAL": residual is not None, "STAGES": tiling.stages},
+         "GATED": form.gated, "RESIDUAL": residual is not None, "STAGES": tiling.stages,
+         "EARLY": triton_by_xla.available()},
     )  # fmt: skip
     return y
 
@@ -104,8 +107,11 @@ _product.defvjp(_product_forward, _product_backward)
 def _add_up(
     x_ptr, weight_ptr, scale_ptr, residual_ptr, epsilon, y_ptr, K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """BN of the N columns."""
+    if EARLY:
+        wait_and_let_next_start()
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     in_columns = column < N

@@ -28,6 +28,7 @@ from m3jax.kernels import (
     mamba3_projected_step,
     mamba3_scan,
     mamba3_step,
+    triton_by_xla,
 )
 from m3jax.kernels.few_rows import triton_rows
 from m3jax.kernels.mamba3.inputs import Sequence
@@ -177,6 +178,31 @@ def lower_several_rows() -> None:
         assert lower(add, long, wide).count("custom_call @triton_kernel_call_ffi") == 2
 
 
+def lower_by_xla(case: Case) -> None:
+    """One row's step from its projection, in place, and its product by XLA; the step of two rows as ever."""
+    triton_by_xla.available = lambda: True
+
+    def lowered_step(rows):
+        wider = dataclasses.replace(case, b=rows)
+        args = {name: jnp.asarray(v, "bfloat16") for name, v in make_projected(wider).items()}
+        state = jax.tree.map(jnp.asarray, make_state(wider, "bfloat16"))
+        return lower(lambda a, state: mamba3_projected_step(**a, state=state, implementation="triton"), args, state)
+
+    def product(x):
+        return few_rows_product(x, weight, scale=x[0], residual=x, implementation="triton")
+
+    weight, step = jnp.zeros((2048, 2048), jnp.bfloat16), lowered_step(1)
+    assert "output_operand_alias" in step
+    for text in (step, lower(product, jnp.zeros((1, 2048)))):
+        assert "triton_kernel_call_ffi" not in text
+        (kernel,) = text.split("custom_call @__gpu$xla.gpu.triton")[1:]
+        # It waits for the one before, and only then lets the next one start, and reads.
+        events = ["griddepcontrol.wait", "griddepcontrol.launch_dependents", "tt.load"]
+        assert sorted(events, key=kernel.index) == events
+    assert "__gpu$xla.gpu.triton" not in lowered_step(2)
+    triton_by_xla.available = lambda: False
+
+
 @triton.jit
 def _add_one(v_ptr, out_ptr, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
@@ -225,6 +251,8 @@ def main() -> None:
         lower_step(MIMO, "float32")
         lower_gated_delta_step("float32")
         lower_several_rows()
+        lower_by_xla(SISO)
+        lower_by_xla(MIMO)
     lower_gated_delta("float32" if capability == 80 else "bfloat16")  # the most memory where there is the least
     lower_cached_attention("float32" if capability == 80 else "bfloat16")
     lower_few_rows("float32" if capability == 80 else "bfloat16")

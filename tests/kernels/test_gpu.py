@@ -423,6 +423,25 @@ def test_product_of_one_row(dtype, inner, outer, options):
     assert tolerances.rms_ratio(y, exact) <= tolerance
 
 
+def test_products_of_one_row_wait_for_each_other():
+    """Many in one program, where one may start before another has ended, and one at a time: the same bits."""
+    keys = jax.random.split(jax.random.key(0), 65)
+    weights = [jax.random.normal(key, (1024, 1024), jnp.bfloat16) / 32 for key in keys[1:]]
+    x, scale = jax.random.normal(keys[0], (1, 1024)), jnp.ones(1024)
+
+    @jax.jit
+    def products(x, weights):
+        for weight in weights:
+            x = few_rows_product(x, weight, scale=scale, epsilon=1e-5, residual=x, implementation="triton")
+        return x
+
+    alone = x
+    for weight in weights:
+        alone = jax.block_until_ready(products(alone, [weight]))
+    for _ in range(5):
+        np.testing.assert_array_equal(products(x, weights), alone)
+
+
 @pytest.mark.parametrize("rows", [2, 32, 72, 128])
 @pytest.mark.parametrize(("inner", "outer", "options"), [
     (2048, 8672, {"norm": True}), (2048, 4096, {"norm": True, "gated": True}), (4096, 2048, {"added": True}),

@@ -27,6 +27,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from ... import triton_by_xla
+from ...triton_by_xla import wait_and_let_next_start
 from ...triton_launch import batch_too_large, launch
 from .. import reference
 from ..coefficients import ProjectionWeights, Rule, checked_groups, from_projection
@@ -78,8 +80,11 @@ def step_kernel(
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
     HAS_MIMO_O: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_LAM: tl.constexpr, HEAVY_TAIL: tl.constexpr, RAW: tl.constexpr, DOTS: tl.constexpr, FAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one batch row."""
+    if EARLY:
+        wait_and_let_next_start()
     C: tl.constexpr = NP // W
     NARROW: tl.constexpr = FAST and (ssm_ptr.dtype.element_ty == tl.bfloat16)
     head = tl.program_id(0)
@@ -383,6 +388,7 @@ def _call(
             "HAS_NORM": weights.norm_weight is not None, "HAS_LAM": rule.fixed_lambda is None,
             "HEAVY_TAIL": rule.a_activation == "heavy_tail", "RAW": how.rule is not None,
             "DOTS": tiling.dots, "FAST": first.dtype != jnp.float32,
+            "EARLY": batch == 1 and triton_by_xla.available(),  # of many rows a kernel with its scalars is faster
         },
         aliases,
     )  # fmt: skip
