@@ -10,8 +10,8 @@ beside a median of seeds with --config.grid.seeds=5. Arithmetic lengths are odd:
 
 python experiments/state_tracking/sweep.py --config mamba3_paper
 
-Run so far, in parts (docs/state_tracking.md): modular_arithmetic with all five models at width 64, with five
-seeds at one rate or two; parity with mamba3_siso, mamba3_standard_rope and mamba3_no_rope at width 32.
+Run so far (docs/state_tracking.md): everything with the range of initial steps that suits each model, by two
+commands; modular_arithmetic at width 64 with five seeds, too.
 """
 
 import numpy as np
