@@ -10,6 +10,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -178,9 +179,9 @@ def lower_several_rows() -> None:
         assert lower(add, long, wide).count("custom_call @triton_kernel_call_ffi") == 2
 
 
+@mock.patch.object(triton_by_xla, "available", lambda: True)
 def lower_by_xla(case: Case) -> None:
     """One row's step from its projection, in place, and its product by XLA; the step of two rows as ever."""
-    triton_by_xla.available = lambda: True
 
     def lowered_step(rows):
         wider = dataclasses.replace(case, b=rows)
@@ -200,7 +201,6 @@ def lower_by_xla(case: Case) -> None:
         events = ["griddepcontrol.wait", "griddepcontrol.launch_dependents", "tt.load"]
         assert sorted(events, key=kernel.index) == events
     assert "__gpu$xla.gpu.triton" not in lowered_step(2)
-    triton_by_xla.available = lambda: False
 
 
 @triton.jit

@@ -283,7 +283,7 @@ def meet(simulated: bool, warpgroup: int | None = None) -> None:
         if warpgroup is None:
             mgpu.warpgroup_barrier()
         else:
-            code = f"bar.sync {warpgroup + 1}, 128;"
+            code = f"bar.sync {warpgroup + 1}, 128;"  # the number that jax gives it, too
             llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
 
     inline()
