@@ -16,7 +16,9 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,7 @@ CHECKED_HEADS = 4
 # that (narrow_rms in tests/tolerances.py).
 TOLERANCE = 1e-2
 _KINDS = ("forward", "both")
+_REPEATS, _CALLS = 7, 20
 _COPIES = 8  # started before the first has ended, so that starting counts little
 
 
@@ -151,7 +154,7 @@ def jla_siso(args: dict[str, jax.Array]) -> jax.Array:
     return y
 
 
-def milliseconds(function: Callable, *args, repeats: int = 7, calls: int = 20) -> dict[str, float]:
+def milliseconds(function: Callable, *args, repeats: int = _REPEATS, calls: int = _CALLS) -> dict[str, float]:
     """Median, 10th and 90th percentile of a call's time inside a compiled loop."""
     run = jax.jit(repeated(function, calls))
     jax.block_until_ready(run(*args))
@@ -208,7 +211,7 @@ def ceilings(copied: int = 2**31, width: int = 8192) -> dict[str, float]:
         return result
 
     jax.block_until_ready(copy_often(block))
-    own = time_repeats(copy_often, (block,), repeats=7, calls=_COPIES)["ms"]
+    own = time_repeats(copy_often, (block,), repeats=_REPEATS, calls=_COPIES)["ms"]
     added = milliseconds(lambda v: v + 1, block, calls=5)["ms"]
     matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.bfloat16)
     product = milliseconds(lambda m: m @ m, matrix, calls=5)["ms"]
@@ -265,8 +268,10 @@ def main() -> None:
                 continue
             for length in CHECKED_LENGTHS:
                 report[f"errors {name} rank {rank} L{length}"] = check(scan, rank, length)
-            for shape in options.shapes:
-                add({"implementation": name, "rank": rank, "shape": shape} | measure(scan, shape, rank, limits))
+            with ThreadPoolExecutor() as pool:  # for kernels compile for up to a minute, on one core each
+                compiled = list(pool.map(functools.partial(compile_programs, scan, rank=rank), options.shapes))
+            for shape, programs in zip(options.shapes, compiled, strict=True):
+                add({"implementation": name, "rank": rank, "shape": shape} | measure(programs, limits))
         if rank == 1 and mamba3_siso_fused is not None:
             report["errors jax-linear-attention"] = check_forward(jla_siso, CHECKED_LENGTHS[0])
             for shape in options.shapes:
@@ -277,17 +282,40 @@ def main() -> None:
     plot(report, options.json.with_suffix(".png"))
 
 
-def measure(scan: Callable, shape: str, rank: int, limits: dict[str, float]) -> dict:
-    """Times, floors and temporary memory of an implementation at one shape."""
+class Programs(NamedTuple):
+    """Compiled loops of an implementation at one shape, and what they are run with."""
+
+    args: dict[str, jax.Array]
+    cotangent: jax.Array
+    forward: Callable
+    both: Callable
+    temporaries_MB: float
+
+
+def compile_programs(scan: Callable, shape: str, rank: int) -> Programs:
+    """Compiles what `measure` times."""
     args = make_inputs(*SHAPES[shape], rank)
     cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
     both = forward_and_backward(scan)
     memory = jax.jit(both).lower(args, cotangent).compile().memory_analysis()
+    return Programs(
+        args,
+        cotangent,
+        jax.jit(repeated(lambda a: scan(**a), _CALLS)).lower(args).compile(),
+        jax.jit(repeated(both, _CALLS)).lower(args, cotangent).compile(),
+        memory.temp_size_in_bytes / 1e6,
+    )
+
+
+def measure(programs: Programs, limits: dict[str, float]) -> dict:
+    """Times, floors and temporary memory of an implementation at one shape."""
+    args = programs.args
+    jax.block_until_ready((programs.forward(args), programs.both(args, programs.cotangent)))
     return {
         "floor": floors(args, limits),
-        "forward": milliseconds(lambda a: scan(**a), args),
-        "both": milliseconds(both, args, cotangent),
-        "temporaries_MB": memory.temp_size_in_bytes / 1e6,
+        "forward": time_repeats(programs.forward, (args,), _REPEATS, _CALLS),
+        "both": time_repeats(programs.both, (args, programs.cotangent), _REPEATS, _CALLS),
+        "temporaries_MB": programs.temporaries_MB,
     }
 
 
