@@ -32,7 +32,7 @@ GPU_PYTHON ?= $(PY)
 GPU_WORKERS ?= 10
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 MEASUREMENTS ?= docs/measurements
-test-gpu: export PYTHONPATH := .
+test-gpu: export PYTHONPATH := .:$(PYTHONPATH)
 test-gpu:
 	@$(GPU_PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) -p no:benchmark tests/kernels/test_gpu.py
 	@mkdir -p $(MEASUREMENTS)
@@ -40,7 +40,7 @@ test-gpu:
 	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json --commit "$(COMMIT)"
 
 # With a Python of 3.12 or later that has jax 0.11, flax, jax-triton and the rest of what the suite needs.
-test-mosaic: export PYTHONPATH := .
+test-mosaic: export PYTHONPATH := .:$(PYTHONPATH)
 test-mosaic:
 	@$(GPU_PYTHON) -m pytest tests/kernels/test_mosaic_*.py
 
