@@ -1,6 +1,6 @@
 """Times the Mamba-3 scan at the shapes of a 1.5B layer: correctness first, then times beside the floor and a rival.
 
-python experiments/latency/scan.py --json OUT [--implementations mosaic triton] [--commit HASH]
+python experiments/latency/scan.py --json OUT [--implementations mosaic triton] [--ranks 1 4] [--commit HASH]
 
 Inputs are random bfloat16, as the projections leave them; bias, angle sum, rotation, D, gate and MIMO projections are
 inside. A time is the median over repeats of a compiled loop of calls, so that the host is out of it; the spread their
@@ -266,11 +266,11 @@ def main() -> None:
                 report[f"left out: {name} rank {rank}"] = reason
                 print(f"rank {rank}: {reason}", flush=True)
                 continue
-            for length in CHECKED_LENGTHS:
-                report[f"errors {name} rank {rank} L{length}"] = check(scan, rank, length)
-            with ThreadPoolExecutor() as pool:  # for kernels compile for up to a minute, on one core each
-                compiled = list(pool.map(functools.partial(compile_programs, scan, rank=rank), options.shapes))
-            for shape, programs in zip(options.shapes, compiled, strict=True):
+            with ThreadPoolExecutor() as pool:  # kernels compile for up to a minute, on one core each
+                compiled = pool.map(functools.partial(compile_programs, scan, rank=rank), options.shapes)
+                for length in CHECKED_LENGTHS:
+                    report[f"errors {name} rank {rank} L{length}"] = check(scan, rank, length)
+            for shape, programs in zip(options.shapes, list(compiled), strict=True):
                 add({"implementation": name, "rank": rank, "shape": shape} | measure(programs, limits))
         if rank == 1 and mamba3_siso_fused is not None:
             report["errors jax-linear-attention"] = check_forward(jla_siso, CHECKED_LENGTHS[0])
@@ -287,35 +287,28 @@ class Programs(NamedTuple):
 
     args: dict[str, jax.Array]
     cotangent: jax.Array
-    forward: Callable
-    both: Callable
-    temporaries_MB: float
+    forward: jax.stages.Compiled
+    both: jax.stages.Compiled
 
 
 def compile_programs(scan: Callable, shape: str, rank: int) -> Programs:
     """Compiles what `measure` times."""
     args = make_inputs(*SHAPES[shape], rank)
     cotangent = jax.random.normal(jax.random.key(1), args["x"].shape, jnp.bfloat16)
-    both = forward_and_backward(scan)
-    memory = jax.jit(both).lower(args, cotangent).compile().memory_analysis()
-    return Programs(
-        args,
-        cotangent,
-        jax.jit(repeated(lambda a: scan(**a), _CALLS)).lower(args).compile(),
-        jax.jit(repeated(both, _CALLS)).lower(args, cotangent).compile(),
-        memory.temp_size_in_bytes / 1e6,
-    )
+    forward = jax.jit(repeated(lambda a: scan(**a), _CALLS)).lower(args)
+    both = jax.jit(repeated(forward_and_backward(scan), _CALLS)).lower(args, cotangent)
+    return Programs(args, cotangent, forward.compile(), both.compile())
 
 
 def measure(programs: Programs, limits: dict[str, float]) -> dict:
-    """Times, floors and temporary memory of an implementation at one shape."""
-    args = programs.args
-    jax.block_until_ready((programs.forward(args), programs.both(args, programs.cotangent)))
+    """Times, floors and temporary memory (a loop has that of one call) of an implementation at one shape."""
+    args, cotangent, forward, both = programs
+    jax.block_until_ready((forward(args), both(args, cotangent)))
     return {
         "floor": floors(args, limits),
-        "forward": time_repeats(programs.forward, (args,), _REPEATS, _CALLS),
-        "both": time_repeats(programs.both, (args, programs.cotangent), _REPEATS, _CALLS),
-        "temporaries_MB": programs.temporaries_MB,
+        "forward": time_repeats(forward, (args,), _REPEATS, _CALLS),
+        "both": time_repeats(both, (args, cotangent), _REPEATS, _CALLS),
+        "temporaries_MB": both.memory_analysis().temp_size_in_bytes / 1e6,
     }
 
 
