@@ -1,5 +1,6 @@
 """One sequence whose state is kept: read on, continued, forked, written to disk and read back."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -131,7 +132,7 @@ class Session:
         tensors = {name: np.asarray(v) for name, v in _named(self._state).items()}
         tensors |= {"seen": np.asarray(self._seen), "unread": np.array(self._unread, np.int32)}
         about = {"format": _FORMAT, "length": str(self.length), "capacity": json.dumps(self._capacity)}
-        about |= {"model": json.dumps(_meaning(self.model)), "weights": _checksum(self._params)}
+        about |= {"model": json.dumps(_meaning(self.model)), "weights": self._checksum()}
         with whole_file(Path(path), "wb") as file:
             file.write(safetensors.numpy.save(tensors, about))
 
@@ -154,7 +155,7 @@ class Session:
         _check_meaning(path, json.loads(about["model"]), _meaning(model))
         session = cls(model, params, capacity=json.loads(about["capacity"]))
         session._check_shapes(path, tensors)
-        if about["weights"] != _checksum(session._params):
+        if about["weights"] != session._checksum():
             raise CheckpointError(f"{path} is a session of other weights: expected those of the model given.")
         leaves, structure = jax.tree.flatten(session._state)
         names = list(_named(session._state))
@@ -180,6 +181,11 @@ class Session:
                 f"{more} tokens after {self.length} need room for {self.length + more}: expected at most capacity = "
                 f"{self._capacity}."
             )
+
+    def _checksum(self) -> str:
+        """Of the weights, those that are wider for decoding than stored as they are stored."""
+        sums = jax.device_get(_bit_sums(self._params, self.model.config.param_dtype))
+        return hashlib.sha256(repr(jax.tree.map(int, sums)).encode()).hexdigest()
 
     def _check_shapes(self, path: Path, tensors: dict[str, np.ndarray]) -> None:
         expected = _named(self._state) | {"seen": self._seen}
@@ -215,16 +221,12 @@ def _check_meaning(path: Path, stored: dict[str, Any], own: dict[str, Any]) -> N
         )
 
 
-def _checksum(params: Any) -> str:
-    sums = jax.device_get(_bit_sums(params))
-    return hashlib.sha256(repr(jax.tree.map(int, sums)).encode()).hexdigest()
-
-
-@jax.jit
-def _bit_sums(params: Any) -> Any:
-    """Of each array, the sum of its numbers' bits modulo 2^32."""
+@functools.partial(jax.jit, static_argnames="dtype")
+def _bit_sums(params: Any, dtype: str) -> Any:
+    """Of each array, the sum of its numbers' bits modulo 2^32, those of numbers no wider than `dtype`."""
 
     def bits(v: jax.Array) -> jax.Array:
+        v = v.astype(dtype) if v.dtype.itemsize > jnp.dtype(dtype).itemsize else v
         return jnp.sum(
             jax.lax.bitcast_convert_type(v, f"uint{8 * v.dtype.itemsize}").astype(jnp.uint32), dtype=jnp.uint32
         )

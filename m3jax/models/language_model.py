@@ -20,6 +20,7 @@ from m3jax.models.norm import RMSNorm
 PyTree = Any
 
 _FEW_ROWS = 32
+_SCANNED_IN_FLOAT32 = ("b_bias", "c_bias", "d")
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -109,13 +110,17 @@ class LanguageModel(nn.Module):
         """The parameters for decoding: those of each layer apart, weights of products as narrow as they are multiplied.
 
         A slice of a stacked weight, or its conversion, would cost a copy at every token. A tied head that is narrower
-        than the embedding is a weight of its own here. Parameters that are so already stay as they are.
+        than the embedding is a weight of its own here, and what the scan takes in float32 is in float32: converted at
+        every prompt, it would be a launch for each, before there is work for the device. Parameters that are so already
+        stay as they are.
         """
         if isinstance(params["layers"], tuple):
             return params
 
         def convert(path: tuple, v: jax.Array) -> jax.Array:
-            return v.astype(self.config.dtype) if path[-1].key == "kernel" else v
+            if path[-1].key == "kernel":
+                return v.astype(self.config.dtype)
+            return v.astype(jnp.promote_types(v.dtype, jnp.float32)) if path[-1].key in _SCANNED_IN_FLOAT32 else v
 
         layers = tuple(self._layer(params["layers"], i) for i in range(self.config.n_layers))
         params = dict(params, layers=jax.tree_util.tree_map_with_path(convert, layers))

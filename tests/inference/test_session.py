@@ -76,6 +76,19 @@ def test_file_gives_the_same_session(params, session, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_weights_are_the_same_as_stored_and_wider(tmp_path):
+    """A file knows its weights by their bits as they are stored."""
+    model = LanguageModel(dataclasses.replace(CONFIG, param_dtype="bfloat16", dtype="bfloat16"))
+    stored = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    wide = jax.jit(model.separate_layers)(stored)
+    narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), wide)
+    assert wide["layers"][0]["mixer"]["b_bias"].dtype == jnp.float32
+    session = Session(model, narrow, capacity=4)
+    session.read(PROMPT[:2])
+    session.save(tmp_path / "session")
+    assert Session.load(tmp_path / "session", model, wide).length == 2
+
+
 def test_stop_tokens_and_on_token_end_a_turn_and_errors_change_nothing(session):
     free = session.fork().generate(max_new_tokens=8, temperature=0)
     stopped = session.fork()

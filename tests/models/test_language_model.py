@@ -94,6 +94,23 @@ def test_separate_layers_change_no_bit(x64, tie):
     jax.tree.map(np.testing.assert_array_equal, step(separate), step(params))
 
 
+@pytest.mark.parametrize(("mixers", "rank"), [("mamba3", 1), ("mamba3", 2), ("mamba2", 1)])
+def test_separate_layers_widen_what_the_scan_converts(mixers, rank):
+    """Weights stored in bfloat16, some of them in float32 for decoding: no bit of a prompt or a step changes."""
+    config = dataclasses.replace(TINY, mixers=mixers, mimo_rank=rank, dtype="bfloat16", param_dtype="bfloat16")
+    model, params = _init(config)
+    separate = model.separate_layers(params)
+    assert {v.dtype for v in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert all(layer["mixer"]["d"].dtype == jnp.float32 for layer in separate["layers"])
+
+    @jax.jit
+    def run(params):
+        hidden, state = model.apply({"params": params}, TOKENS[:, :-1], method="prefill")
+        return hidden, model.apply({"params": params}, TOKENS[:, -1], state, method="step")
+
+    jax.tree.map(np.testing.assert_array_equal, run(separate), run(params))
+
+
 def test_initialisation():
     config = dataclasses.replace(TINY, d_model=64, n_layers=8, d_intermediate=128, mimo_rank=4)
     _, params = _init(config)
