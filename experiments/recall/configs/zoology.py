@@ -13,7 +13,7 @@ weight decay, cosine without warm-up, the optimizer's betas and the number of st
 
 python experiments/recall/sweep.py --config zoology
 
-Run so far: all models but MIMO at one rate, and shorter forms, MIMO at state 64 too (docs/recall.md).
+Run so far: all models at one rate, and shorter forms (docs/recall.md).
 """
 
 import numpy as np
