@@ -10,7 +10,8 @@ from ..cotangents import gathered, of_later_phases, phase_flow
 from ..inputs import Inputs, Sequence, Weights
 from .finish import finish
 from .forward import Operands, Prepared
-from .gradients import FLOW, KEY, OVERLAP, QUERY, SCORE, TURN, VECTORS, Gradients, gradients
+from .gradients import gradients
+from .head_gradients import FLOW, KEY, OVERLAP, QUERY, SCORE, TURN, VECTORS, Gradients
 from .pieces import MULTIPROCESSORS, N, S, T
 from .state_gradients import state_gradients
 
