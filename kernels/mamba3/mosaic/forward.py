@@ -24,6 +24,8 @@ Shared memory is used without automatic barriers. The warpgroup meets at three p
 Before A and C every thread publishes its stores (a fence) to copies and products. What arrives has its own barrier.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -84,6 +86,47 @@ class Operands(NamedTuple):
     d: jax.Array  # [h] float32
 
 
+class Shared(NamedTuple):
+    """Shared memory of a program."""
+
+    wide: jax.Array  # raw B and C, rotated B, H
+    small: jax.Array  # X of two chunks, z and y, scaled X
+    rates: jax.Array
+    coefficients: jax.Array  # of two chunks, as starts
+    starts: jax.Array
+    bias_b: jax.Array
+    bias_c: jax.Array
+    narrow_b: jax.Array  # the biases of what does not turn
+    narrow_c: jax.Array
+    raw_here: jax.Array  # barriers of what arrives
+    x_here: jax.Array
+    z_here: jax.Array
+    coefficients_here: jax.Array
+    bias_here: jax.Array
+
+    @staticmethod
+    def types() -> "Shared":
+        """What to allocate."""
+        return Shared(
+            tile(4, T, N), tile(4, T, P), rates_tile(1),
+            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
+            plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((1, N), jnp.float32),
+            plgpu.SMEM((HALF,), jnp.bfloat16), plgpu.SMEM((HALF,), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_barriers=2), plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(num_arrivals=2),
+        )  # fmt: skip
+
+
+class Copies(NamedTuple):
+    """To and from global memory, each called with a chunk of the segment and what its name lacks."""
+
+    save: Callable | None  # H before the chunk, from a place
+    get_z: Callable | None
+    get_next_raw: Callable
+    put_y: Callable  # from a place
+    get_later_x: Callable  # that of two chunks ahead, into a slot
+
+
 def in_chunks(v: jax.Array | None, positions: int = T) -> jax.Array | None:
     """[b, l, ...] with zeros up to a whole number of chunks."""
     if v is None:
@@ -134,9 +177,7 @@ def output_pass(
         y_ref, last_ref, *refs = refs
         if save:
             saved_ref, *refs = refs
-        (wide, small, rates, both_coefficients, both_starts, bias_b, bias_c, narrow_b, narrow_c, raw_here,
-         x_here, z_here, coefficients_here, bias_here) = refs  # fmt: skip
-        raw_b, raw_c = wide.at[0], wide.at[1]
+        shared = Shared(*refs)
         index, segment, head = (lax.axis_index(name) for name in GRID)
         first = segment * count
         mine = jnp.minimum(count, chunks - first) if chunks % count else count
@@ -146,22 +187,33 @@ def output_pass(
 
         def get_raw(ci):
             group = head // per_group
-            plgpu.copy_gmem_to_smem(b_ref.at[index, span(ci), group], raw_b, raw_here)
-            plgpu.copy_gmem_to_smem(c_ref.at[index, span(ci), group], raw_c, raw_here)
+            plgpu.copy_gmem_to_smem(b_ref.at[index, span(ci), group], shared.wide.at[0], shared.raw_here)
+            plgpu.copy_gmem_to_smem(c_ref.at[index, span(ci), group], shared.wide.at[1], shared.raw_here)
             for part in range(2):
-                plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci), part], rates.at[0, part], raw_here)
+                plgpu.copy_gmem_to_smem(rate_ref.at[index, span(ci), part], shared.rates.at[0, part], shared.raw_here)
 
         def get_x(ci, slot):
-            plgpu.copy_gmem_to_smem(
-                coefficient_ref.at[index, head, first + ci], both_coefficients.at[slot], coefficients_here.at[slot]
-            )
-            plgpu.copy_gmem_to_smem(
-                start_ref.at[index, head, first + ci], both_starts.at[slot], coefficients_here.at[slot]
-            )
-            plgpu.copy_gmem_to_smem(x_ref.at[index, span(ci), head], small.at[slot], x_here.at[slot])
+            here = shared.coefficients_here.at[slot]
+            plgpu.copy_gmem_to_smem(coefficient_ref.at[index, head, first + ci], shared.coefficients.at[slot], here)
+            plgpu.copy_gmem_to_smem(start_ref.at[index, head, first + ci], shared.starts.at[slot], here)
+            plgpu.copy_gmem_to_smem(x_ref.at[index, span(ci), head], shared.small.at[slot], shared.x_here.at[slot])
 
-        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], bias_b, bias_here)
-        plgpu.copy_gmem_to_smem(c_bias_ref.at[head], bias_c, bias_here)
+        def get_z(ci):
+            plgpu.copy_gmem_to_smem(z_ref.at[index, span(ci), head], shared.small.at[2], shared.z_here)
+
+        def save_state(ci, narrow_h):
+            is_saved = True if ssm is not None else (first + ci > 0) | (head == 0)
+            pl.when(is_saved)(lambda: plgpu.copy_smem_to_gmem(narrow_h, saved_ref.at[index, head, first + ci]))
+
+        copies = Copies(
+            save=save_state if save else None,
+            get_z=None if z is None else get_z,
+            get_next_raw=lambda ci: pl.when(ci + 1 < mine)(lambda: get_raw(ci + 1)),
+            put_y=lambda ci, y: plgpu.copy_smem_to_gmem(y, y_ref.at[index, span(ci), head]),
+            get_later_x=lambda ci, slot: pl.when(ci + 2 < mine)(lambda: get_x(ci + 2, slot)),
+        )
+        plgpu.copy_gmem_to_smem(b_bias_ref.at[head], shared.bias_b, shared.bias_here)
+        plgpu.copy_gmem_to_smem(c_bias_ref.at[head], shared.bias_c, shared.bias_here)
         get_raw(0)
         get_x(0, 0)
         pl.when(mine > 1)(lambda: get_x(1, 1))
@@ -174,81 +226,14 @@ def output_pass(
             )
             state = state * jnp.where(skipped > 0, 0.0, 1.0)
             state = pass_through(state, added_ref.at[at], decay_ref.at[at], number - skipped, lambda k: k + skipped)
-        wide[3] = state.astype(jnp.bfloat16)
-        plgpu.barrier_wait(bias_here)
-        for bias, narrow in ((bias_b, narrow_b), (bias_c, narrow_c)):
+        shared.wide[3] = state.astype(jnp.bfloat16)
+        plgpu.barrier_wait(shared.bias_here)
+        for bias, narrow in ((shared.bias_b, shared.narrow_b), (shared.bias_c, shared.narrow_c)):
             narrow[...] = load_cols(bias.at[0, pl.ds(HALF, HALF)]).astype(jnp.bfloat16)
         plgpu.commit_smem()
         skip = d_ref[head]
 
-        def chunk(ci, state):
-            slot = lax.rem(ci, 2)
-            # Addresses of products must not look constant: the compiler would find all before the loop and keep them
-            # in registers, of which there are too few.
-            zero = opaque_zero(simulated)
-            rot, narrow_h = wide.at[2 + zero], wide.at[3 + zero]
-            scaled, gate = small.at[3 + zero], small.at[2 + zero]
-            if save:
-                is_saved = True if ssm is not None else (first + ci > 0) | (head == 0)
-                pl.when(is_saved)(lambda: plgpu.copy_smem_to_gmem(narrow_h, saved_ref.at[index, head, first + ci]))
-            here, x_tile = both_coefficients.at[slot], small.at[slot]
-            row, column = iotas()
-            plgpu.barrier_wait(coefficients_here.at[slot])
-            plgpu.barrier_wait(raw_here)
-            plgpu.barrier_wait(x_here.at[slot])
-
-            def without_phases():
-                to_end = load_rows(here.at[TO_END]).astype(jnp.bfloat16)
-                scaled[...] = load_tile(x_tile) * rows(to_end, P)
-                rot[:, pl.ds(HALF, HALF)] = resting(raw_b, narrow_b)
-                return resting(raw_c, narrow_c)
-
-            cos, sin, c_rest = turn_apart(
-                here, both_starts.at[slot], rates.at[zero], row, column, without_phases, simulated
-            )
-            rot[:, pl.ds(0, HALF)] = turning(raw_b, bias_b, cos, sin, simulated)
-            c_turned = turning(raw_c, bias_c, cos, sin, simulated)
-            publish(simulated)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # A: this, too, makes the warps meet
-            if z is not None:
-                plgpu.copy_gmem_to_smem(z_ref.at[index, span(ci), head], small.at[2], z_here)
-            pl.when(ci + 1 < mine)(lambda: get_raw(ci + 1))
-
-            def products(scores, from_state, from_chunk):
-                plgpu.wgmma(scores, c_turned, rot.at[:, pl.ds(0, HALF)].transpose((1, 0)))
-                plgpu.wgmma(scores, c_rest, rot.at[:, pl.ds(HALF, HALF)].transpose((1, 0)))
-                plgpu.wgmma(from_state, c_turned, narrow_h.at[:, pl.ds(0, HALF)].transpose((1, 0)))
-                plgpu.wgmma(from_state, c_rest, narrow_h.at[:, pl.ds(HALF, HALF)].transpose((1, 0)))
-                decay = load_rows(here.at[DECAY])
-                mix = mixing(here, row, column, decay, simulated)
-                weights = (plgpu.wgmma_accumulator_load(scores, wait_n=2) * mix).astype(jnp.bfloat16)
-                end_decay = jnp.exp2(here[DECAY, T - 1])
-
-                def rest(accs, read):
-                    plgpu.wgmma(from_chunk, weights, x_tile)
-                    plgpu.wgmma(accs[0], scaled.transpose((1, 0)), rot)
-                    skipped = skip * widen(load_tile(x_tile), simulated)
-                    y = plgpu.wgmma_accumulator_load(from_chunk, wait_n=1) + skipped
-                    y = y + plgpu.wgmma_accumulator_load(from_state, wait_n=1) * rows(jnp.exp2(decay), P)
-                    meet(simulated)  # B
-                    if z is not None:
-                        plgpu.barrier_wait(z_here)
-                        half = widen(load_tile(gate) * jnp.bfloat16(0.5), simulated)
-                        y = y * (half * jnp.tanh(half) + half)  # y silu(z)
-                    gate[...] = y.astype(jnp.bfloat16)
-
-                (new_state,) = accumulate(rest, (state * end_decay,), simulated)
-                return new_state
-
-            acc = plgpu.ACC((T, P), jnp.float32)
-            state = pl.run_scoped(products, plgpu.ACC((T, T), jnp.float32), acc, acc)
-            narrow_h[...] = state.astype(jnp.bfloat16)
-            plgpu.commit_smem()  # C
-            plgpu.copy_smem_to_gmem(gate, y_ref.at[index, span(ci), head])
-            pl.when(ci + 2 < mine)(lambda: get_x(ci + 2, slot))
-            return state
-
-        state = lax.fori_loop(0, mine, chunk, state)
+        state = lax.fori_loop(0, mine, functools.partial(_one_chunk, shared, copies, skip, simulated), state)
 
         if last:
 
@@ -265,18 +250,82 @@ def output_pass(
     return plgpu.kernel(
         body,
         out_type=tuple(out_type),
-        scratch_types=[
-            tile(4, T, N), tile(4, T, P), rates_tile(1),  # raw B and C, rotated B, H; X twice, z and y, scaled X; ω
-            plgpu.SMEM((2, COEFFICIENTS, T), jnp.float32), plgpu.SMEM((2, S), jnp.float32),
-            plgpu.SMEM((1, N), jnp.float32), plgpu.SMEM((1, N), jnp.float32),
-            plgpu.SMEM((HALF,), jnp.bfloat16), plgpu.SMEM((HALF,), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=4), plgpu.Barrier(num_barriers=2), plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2), plgpu.Barrier(num_arrivals=2),
-        ],
+        scratch_types=Shared.types(),
         grid=(batch, segments, heads), grid_names=GRID, num_threads=1, thread_name="warpgroup",
         interpret=interpret, compiler_params=PARAMETERS,
     )(x, z, b, c, *by_parts(prepared), b_bias, c_bias, d,
       *(() if ssm is None else (ssm,)), *((prepared.totals, *before) if before else ()))  # fmt: skip
+
+
+def _one_chunk(
+    shared: Shared, copies: Copies, skip: jax.Array, simulated: bool, ci: jax.Array, state: jax.Array
+) -> jax.Array:
+    """y of a segment's chunk, and H after it."""
+    slot = lax.rem(ci, 2)
+    # Addresses of products must not look constant: the compiler would find all before the loop and keep them
+    # in registers, of which there are too few.
+    zero = opaque_zero(simulated)
+    rot, narrow_h = shared.wide.at[2 + zero], shared.wide.at[3 + zero]
+    scaled, gate = shared.small.at[3 + zero], shared.small.at[2 + zero]
+    if copies.save is not None:
+        copies.save(ci, narrow_h)
+    raw_b, raw_c = shared.wide.at[0], shared.wide.at[1]
+    here, x_tile = shared.coefficients.at[slot], shared.small.at[slot]
+    row, column = iotas()
+    plgpu.barrier_wait(shared.coefficients_here.at[slot])
+    plgpu.barrier_wait(shared.raw_here)
+    plgpu.barrier_wait(shared.x_here.at[slot])
+
+    def without_phases():
+        to_end = load_rows(here.at[TO_END]).astype(jnp.bfloat16)
+        scaled[...] = load_tile(x_tile) * rows(to_end, P)
+        rot[:, pl.ds(HALF, HALF)] = resting(raw_b, shared.narrow_b)
+        return resting(raw_c, shared.narrow_c)
+
+    cos, sin, c_rest = turn_apart(
+        here, shared.starts.at[slot], shared.rates.at[zero], row, column, without_phases, simulated
+    )
+    rot[:, pl.ds(0, HALF)] = turning(raw_b, shared.bias_b, cos, sin, simulated)
+    c_turned = turning(raw_c, shared.bias_c, cos, sin, simulated)
+    publish(simulated)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # A: this, too, makes the warps meet
+    if copies.get_z is not None:
+        copies.get_z(ci)
+    copies.get_next_raw(ci)
+
+    def products(scores, from_state, from_chunk):
+        plgpu.wgmma(scores, c_turned, rot.at[:, pl.ds(0, HALF)].transpose((1, 0)))
+        plgpu.wgmma(scores, c_rest, rot.at[:, pl.ds(HALF, HALF)].transpose((1, 0)))
+        plgpu.wgmma(from_state, c_turned, narrow_h.at[:, pl.ds(0, HALF)].transpose((1, 0)))
+        plgpu.wgmma(from_state, c_rest, narrow_h.at[:, pl.ds(HALF, HALF)].transpose((1, 0)))
+        decay = load_rows(here.at[DECAY])
+        mix = mixing(here, row, column, decay, simulated)
+        weights = (plgpu.wgmma_accumulator_load(scores, wait_n=2) * mix).astype(jnp.bfloat16)
+        end_decay = jnp.exp2(here[DECAY, T - 1])
+
+        def rest(accs, read):
+            plgpu.wgmma(from_chunk, weights, x_tile)
+            plgpu.wgmma(accs[0], scaled.transpose((1, 0)), rot)
+            skipped = skip * widen(load_tile(x_tile), simulated)
+            y = plgpu.wgmma_accumulator_load(from_chunk, wait_n=1) + skipped
+            y = y + plgpu.wgmma_accumulator_load(from_state, wait_n=1) * rows(jnp.exp2(decay), P)
+            meet(simulated)  # B
+            if copies.get_z is not None:
+                plgpu.barrier_wait(shared.z_here)
+                half = widen(load_tile(gate) * jnp.bfloat16(0.5), simulated)
+                y = y * (half * jnp.tanh(half) + half)  # y silu(z)
+            gate[...] = y.astype(jnp.bfloat16)
+
+        (new_state,) = accumulate(rest, (state * end_decay,), simulated)
+        return new_state
+
+    acc = plgpu.ACC((T, P), jnp.float32)
+    state = pl.run_scoped(products, plgpu.ACC((T, T), jnp.float32), acc, acc)
+    narrow_h[...] = state.astype(jnp.bfloat16)
+    plgpu.commit_smem()  # C
+    copies.put_y(ci, gate)
+    copies.get_later_x(ci, slot)
+    return state
 
 
 def by_parts(prepared: Prepared) -> tuple[jax.Array, jax.Array, jax.Array]:
