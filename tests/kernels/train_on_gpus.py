@@ -1,0 +1,69 @@
+"""Two training steps on all GPUs it sees, parameters copied or in shards: prints losses, gradients, kernels as JSON.
+
+Run as a process of its own, with one GPU or with two: those of the suite see one each.
+"""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from m3jax.config import build_config, default_config, override
+from m3jax.models.language_model import LanguageModel
+from m3jax.training.sharding import make_mesh, shard_batch, state_shardings
+from m3jax.training.step import init_state, make_train_step
+
+ROWS, LENGTH, VOCABULARY = 4, 160, 256
+MODELS = {
+    "siso": {"model.mimo_rank": 1},
+    "mimo": {"model.mimo_rank": 4},
+    "others": {"model.mixers": "mamba2, gated_deltanet", "model.gdn_heads": 2},
+}
+COMMON = {
+    "model.vocab_size": VOCABULARY, "model.d_model": 256, "model.n_layers": 2, "model.d_intermediate": 256,
+    "data.batch_size": ROWS, "data.sequence_length": LENGTH, "train.grad_accumulation": 1,
+    "optimizer.eps": 1e-3,  # Adam divides a gradient by its size: where that is rounding noise, so is the direction
+}  # fmt: skip
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    """Random tokens in documents of 40."""
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH + 1), dtype=np.int32)
+    documents = np.tile(np.arange(LENGTH, dtype=np.int32) // 40 + 1, (ROWS, 1))
+    weights = np.ones((ROWS, LENGTH), np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": documents, "weights": weights}
+
+
+def train(changes: dict) -> dict[str, list]:
+    """Losses and norms of the gradient of two steps, and which kinds of kernels the program calls."""
+    config = build_config(override(default_config().to_dict(), COMMON | changes))
+    mesh, model = make_mesh(config), LanguageModel(config.model)
+    shardings = state_shardings(jax.eval_shape(lambda: init_state(config, model)), mesh)
+    state = jax.jit(lambda: init_state(config, model), out_shardings=shardings)()
+    batch, proceed = shard_batch(make_batch(), mesh), jax.device_put(True, NamedSharding(mesh, P()))
+    lowered = make_train_step(config, model, mesh).lower(state, batch, jnp.asarray(True))
+    kernels = set(re.findall(r"custom_call @(triton_kernel_call|mosaic_gpu)", lowered.as_text()))
+    step, losses, norms = lowered.compile(), [], []
+    for _ in range(2):
+        state, metrics = step(state, batch, proceed)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    return {"loss": losses, "grad_norm": norms, "kernels": sorted(kernels)}
+
+
+def main() -> None:
+    """Every model, with as many copies of the parameters as devices, and with as many shards."""
+    count = jax.device_count()
+    print(json.dumps({
+        f"{name}, {axis}": train(model | {"mesh.data": 1, "mesh.fsdp": 1} | {f"mesh.{axis}": count})
+        for name, model in MODELS.items()
+        for axis in ("data", "fsdp")
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
