@@ -183,7 +183,7 @@ class Session:
             )
 
     def _checksum(self) -> str:
-        """Of the weights, those that are wider for decoding than stored as they are stored."""
+        """Of the weights' bits as stored: decoding has some of them wider."""
         sums = jax.device_get(_bit_sums(self._params, self.model.config.param_dtype))
         return hashlib.sha256(repr(jax.tree.map(int, sums)).encode()).hexdigest()
 
