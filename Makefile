@@ -34,7 +34,7 @@ COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 MEASUREMENTS ?= docs/measurements
 test-gpu: export PYTHONPATH := .:$(PYTHONPATH)
 test-gpu:
-	@$(GPU_PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) -p no:benchmark tests/kernels/test_gpu.py
+	@$(GPU_PYTHON) -m pytest -m gpu -n $(GPU_WORKERS) -p no:benchmark tests/gpu
 	@mkdir -p $(MEASUREMENTS)
 	@$(GPU_PYTHON) experiments/latency/scan.py --json $(MEASUREMENTS)/scan.json --commit "$(COMMIT)"
 	@$(GPU_PYTHON) experiments/latency/step.py --json $(MEASUREMENTS)/step.json --commit "$(COMMIT)"
