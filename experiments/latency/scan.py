@@ -270,7 +270,7 @@ def main() -> None:
                 compiled = pool.map(functools.partial(compile_programs, scan, rank=rank), options.shapes)
                 for length in CHECKED_LENGTHS:
                     report[f"errors {name} rank {rank} L{length}"] = check(scan, rank, length)
-            for shape, programs in zip(options.shapes, list(compiled), strict=True):
+            for shape, programs in zip(options.shapes, compiled, strict=True):
                 add({"implementation": name, "rank": rank, "shape": shape} | measure(programs, limits))
         if rank == 1 and mamba3_siso_fused is not None:
             report["errors jax-linear-attention"] = check_forward(jla_siso, CHECKED_LENGTHS[0])

@@ -1,4 +1,4 @@
-"""The same in float64, and documents."""
+"""What these tests share: arrays in float64, comparison with a function in float64, numbers of documents."""
 
 import functools
 from collections.abc import Callable

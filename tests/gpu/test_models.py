@@ -15,6 +15,7 @@ from m3jax.config import ModelConfig
 from m3jax.kernels.gpu import compute_capability
 from m3jax.models.language_model import LanguageModel
 from tests import tolerances
+from tests.gpu.train_on_gpus import LENGTH, ROWS
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +46,7 @@ def test_kernels_on_a_mesh():
     for name, run in two.items():
         assert "triton_kernel_call" in run["kernels"] and ("mosaic_gpu" in run["kernels"] or not hopper)
         assert run["kernels"] == one[name]["kernels"]
-        exact = tolerances.rounding("float32", 4 * 160)
+        exact = tolerances.rounding("float32", ROWS * LENGTH)
         tolerances.assert_close(run["loss"][0], one[name]["loss"][0], exact, f"{name}: loss")
         # The weights' gradients are rounded on each GPU before they are added.
         rounded = tolerances.narrow_rms("bfloat16", 2)
