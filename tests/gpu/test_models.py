@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -41,7 +42,8 @@ def test_kernels_on_a_mesh():
     gpus = os.environ["M3JAX_TEST_GPUS"].split(",")
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
-    one, two = (_train_on(gpus[:count]) for count in (1, 2))
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(_train_on, (gpus[:1], gpus[:2]))
     hopper = compute_capability() == 90
     for name, run in two.items():
         assert "triton_kernel_call" in run["kernels"] and ("mosaic_gpu" in run["kernels"] or not hopper)

@@ -1,10 +1,13 @@
 """Two training steps on all GPUs it sees, parameters copied or in shards: prints losses, gradients, kernels as JSON.
 
-Run as a process of its own, with one GPU or with two: those of the suite see one each.
+Run as a process of its own, with one GPU or with two: those of the suite see one each. What it is at goes to stderr.
 """
 
 import json
 import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -38,31 +41,45 @@ def make_batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": documents, "weights": weights}
 
 
-def train(changes: dict) -> dict[str, list]:
-    """Losses and norms of the gradient of two steps, and which kinds of kernels the program calls."""
+def prepare(changes: dict) -> tuple:
+    """The compiled step with what it begins with, and which kinds of kernels it calls."""
     config = build_config(override(default_config().to_dict(), COMMON | changes))
     mesh, model = make_mesh(config), LanguageModel(config.model)
     shardings = state_shardings(jax.eval_shape(lambda: init_state(config, model)), mesh)
-    state = jax.jit(lambda: init_state(config, model), out_shardings=shardings)()
+    initial = jax.jit(lambda: init_state(config, model), out_shardings=shardings)
     batch, proceed = shard_batch(make_batch(), mesh), jax.device_put(True, NamedSharding(mesh, P()))
-    lowered = make_train_step(config, model, mesh).lower(state, batch, jnp.asarray(True))
+    state = jax.eval_shape(initial)
+    state = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), state, shardings)
+    lowered = make_train_step(config, model, mesh).lower(state, batch, proceed)
     kernels = set(re.findall(r"custom_call @(triton_kernel_call|mosaic_gpu)", lowered.as_text()))
-    step, losses, norms = lowered.compile(), [], []
+    return initial, lowered.compile(), batch, proceed, sorted(kernels)
+
+
+def train(initial, step, batch, proceed, kernels: list[str]) -> dict[str, list]:
+    """Losses and norms of the gradient of two steps, and the kinds of kernels."""
+    state, losses, norms = initial(), [], []
     for _ in range(2):
         state, metrics = step(state, batch, proceed)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    return {"loss": losses, "grad_norm": norms, "kernels": sorted(kernels)}
+    return {"loss": losses, "grad_norm": norms, "kernels": kernels}
 
 
 def main() -> None:
     """Every model, with as many copies of the parameters as devices, and with as many shards."""
-    count = jax.device_count()
-    print(json.dumps({
-        f"{name}, {axis}": train(model | {"mesh.data": 1, "mesh.fsdp": 1} | {f"mesh.{axis}": count})
+    count, began = jax.device_count(), time.monotonic()
+    runs = {
+        f"{name}, {axis}": model | {"mesh.data": 1, "mesh.fsdp": 1} | {f"mesh.{axis}": count}
         for name, model in MODELS.items()
         for axis in ("data", "fsdp")
-    }))  # fmt: skip
+    }
+    results = {}
+    with ThreadPoolExecutor() as pool:
+        for name, prepared in zip(runs, pool.map(prepare, runs.values()), strict=True):
+            print(f"{time.monotonic() - began:.0f} s: {name}, compiled", file=sys.stderr, flush=True)
+            results[name] = train(*prepared)
+    print(f"{time.monotonic() - began:.0f} s: trained", file=sys.stderr)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":
