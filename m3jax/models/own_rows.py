@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 PyTree = Any
@@ -24,5 +25,14 @@ def on_own_rows(f: Callable[[PyTree, PyTree], PyTree], rows: PyTree, shared: PyT
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return f(rows, shared)
     batch = P(mesh.axis_names)
+    leaves, tree = jax.tree.flatten(rows)
+
+    def on_one_device(own: list[jax.Array], shared: PyTree) -> PyTree:
+        count, arrays = own[0].shape[0], iter(own)
+        made = (next(arrays) if v.size else jnp.zeros((count, *v.shape[1:]), v.dtype) for v in leaves)
+        return f(tree.unflatten(made), shared)
+
+    # XLA's partitioner ends the process at an argument without elements that a gradient does not use (jax 0.11.2).
+    full = [v for v in leaves if v.size]
     # The scan's carries begin as constants, which the check would take for replicated.
-    return jax.shard_map(f, in_specs=(batch, P()), out_specs=batch, check_vma=False)(rows, shared)
+    return jax.shard_map(on_one_device, in_specs=(batch, P()), out_specs=batch, check_vma=False)(full, shared)

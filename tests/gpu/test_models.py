@@ -16,7 +16,7 @@ from m3jax.config import ModelConfig
 from m3jax.kernels.gpu import compute_capability
 from m3jax.models.language_model import LanguageModel
 from tests import tolerances
-from tests.gpu.train_on_gpus import LENGTH, ROWS
+from tests.gpu.train_on_gpus import LENGTH, MODELS, ROWS
 
 pytestmark = pytest.mark.gpu
 
@@ -37,29 +37,29 @@ def test_a_row_of_a_step_is_bit_for_bit_that_row_among_others(rank):
         np.testing.assert_array_equal(np.asarray(v[0], np.float32), np.asarray(other[0], np.float32))
 
 
-def test_kernels_on_a_mesh():
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_kernels_on_a_mesh(model):
     """Training on two GPUs, each with its rows, gives what one gives, and by kernels."""
     gpus = os.environ["M3JAX_TEST_GPUS"].split(",")
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
     with ThreadPoolExecutor() as pool:
-        one, two = pool.map(_train_on, (gpus[:1], gpus[:2]))
+        one, *two = pool.map(_train_on, (gpus[:1], gpus[:2], gpus[:2]), 3 * [model], ("data", "data", "fsdp"))
     hopper = compute_capability() == 90
-    for name, run in two.items():
+    for run, axis in zip(two, ("data", "fsdp"), strict=True):
         assert "triton_kernel_call" in run["kernels"] and ("mosaic_gpu" in run["kernels"] or not hopper)
-        assert run["kernels"] == one[name]["kernels"]
+        assert run["kernels"] == one["kernels"]
         exact = tolerances.rounding("float32", ROWS * LENGTH)
-        tolerances.assert_close(run["loss"][0], one[name]["loss"][0], exact, f"{name}: loss")
+        tolerances.assert_close(run["loss"][0], one["loss"][0], exact, f"{axis}: loss")
         # The weights' gradients are rounded on each GPU before they are added.
         rounded = tolerances.narrow_rms("bfloat16", 2)
-        tolerances.assert_close(run["grad_norm"], one[name]["grad_norm"], rounded, f"{name}: grad_norm")
+        tolerances.assert_close(run["grad_norm"], one["grad_norm"], rounded, f"{axis}: grad_norm")
 
 
-def _train_on(gpus: list[str]) -> dict[str, dict]:
+def _train_on(gpus: list[str], model: str, axis: str) -> dict[str, list]:
     script = Path(__file__).with_name("train_on_gpus.py")
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONPATH": os.pathsep.join([".", *sys.path])}
-    done = subprocess.run(
-        [sys.executable, script], cwd=script.parents[2], env=os.environ | environment, text=True, capture_output=True
-    )
+    command, root = [sys.executable, script, model, axis], script.parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

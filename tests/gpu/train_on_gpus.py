@@ -1,13 +1,14 @@
-"""Two training steps on all GPUs it sees, parameters copied or in shards: prints losses, gradients, kernels as JSON.
+"""Two training steps on all GPUs it sees: prints losses, norms of the gradient and kinds of kernels as JSON.
 
-Run as a process of its own, with one GPU or with two: those of the suite see one each. What it is at goes to stderr.
+python tests/gpu/train_on_gpus.py MODEL AXIS
+
+MODEL is one of MODELS; AXIS data, for a copy of the parameters on each GPU, or fsdp, for a share. A process of its own,
+as those of the suite see one GPU each.
 """
 
 import json
 import re
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ ROWS, LENGTH, VOCABULARY = 4, 160, 256
 MODELS = {
     "siso": {"model.mimo_rank": 1},
     "mimo": {"model.mimo_rank": 4},
-    "others": {"model.mixers": "mamba2, gated_deltanet", "model.gdn_heads": 2},
+    "others": {"model.mixers": "mamba2, gated_deltanet, attention", "model.n_layers": 3, "model.gdn_heads": 2},
 }
 COMMON = {
     "model.vocab_size": VOCABULARY, "model.d_model": 256, "model.n_layers": 2, "model.d_intermediate": 256,
@@ -40,46 +41,24 @@ def make_batch() -> dict[str, np.ndarray]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": documents, "weights": weights}
 
 
-def prepare(changes: dict) -> tuple:
-    """The compiled step with what it begins with, and which kinds of kernels it calls."""
+def train(changes: dict) -> dict[str, list]:
+    """Losses and norms of the gradient of two steps, and which kinds of kernels the program calls."""
     config = build_config(override(default_config().to_dict(), COMMON | changes))
     mesh, model = make_mesh(config), LanguageModel(config.model)
     shardings = state_shardings(jax.eval_shape(lambda: init_state(config, model)), mesh)
-    initial = jax.jit(lambda: init_state(config, model), out_shardings=shardings)
+    state = jax.jit(lambda: init_state(config, model), out_shardings=shardings)()
     batch, proceed = shard_batch(make_batch(), mesh), jax.device_put(True, NamedSharding(mesh, P()))
-    state = jax.eval_shape(initial)
-    state = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), state, shardings)
     lowered = make_train_step(config, model, mesh).lower(state, batch, proceed)
     kernels = set(re.findall(r"custom_call @(triton_kernel_call|mosaic_gpu)", lowered.as_text()))
-    return initial, lowered.compile(), batch, proceed, sorted(kernels)
-
-
-def train(initial, step, batch, proceed, kernels: list[str]) -> dict[str, list]:
-    """Losses and norms of the gradient of two steps, and the kinds of kernels."""
-    state, losses, norms = initial(), [], []
+    step, losses, norms = lowered.compile(), [], []
     for _ in range(2):
         state, metrics = step(state, batch, proceed)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    return {"loss": losses, "grad_norm": norms, "kernels": kernels}
-
-
-def main() -> None:
-    """Every model, with as many copies of the parameters as devices, and with as many shards."""
-    count, began = jax.device_count(), time.monotonic()
-    runs = {
-        f"{name}, {axis}": model | {"mesh.data": 1, "mesh.fsdp": 1} | {f"mesh.{axis}": count}
-        for name, model in MODELS.items()
-        for axis in ("data", "fsdp")
-    }
-    results = {}
-    with ThreadPoolExecutor() as pool:
-        for name, prepared in zip(runs, pool.map(prepare, runs.values()), strict=True):
-            print(f"{time.monotonic() - began:.0f} s: {name}, compiled", file=sys.stderr, flush=True)
-            results[name] = train(*prepared)
-    print(f"{time.monotonic() - began:.0f} s: trained", file=sys.stderr)
-    print(json.dumps(results))
+    return {"loss": losses, "grad_norm": norms, "kernels": sorted(kernels)}
 
 
 if __name__ == "__main__":
-    main()
+    model, axis = sys.argv[1:]
+    devices = {"mesh.data": 1, "mesh.fsdp": 1} | {f"mesh.{axis}": jax.device_count()}
+    print(json.dumps(train(MODELS[model] | devices)))

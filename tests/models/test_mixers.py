@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from m3jax.config import ModelConfig
 from m3jax.models.language_model import LanguageModel
 from m3jax.models.mixers import MIXERS
+from m3jax.models.own_rows import on_own_rows
 from tests import tolerances
 
 TINY = ModelConfig(
@@ -106,6 +107,24 @@ def test_devices_of_a_mesh_mix_their_own_rows(mixer):
     program = jax.jit(mix, in_shardings=rows, out_shardings=rows).lower(u).compile()
     assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", program.as_text())
     tolerances.assert_close(program(jax.device_put(u, rows)), module.apply(params, u, documents)[0], TOLERANCE, "y")
+
+
+@pytest.mark.multidevice
+def test_arrays_without_elements_stay_outside_of_a_shard_map():
+    """XLA's partitioner ends the process at such an argument of a kernel (jax 0.11.2)."""
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    rows = {"phase": jnp.zeros((4, 3, 0)), "x": jnp.arange(4.0), "none": None}
+
+    def double(own, _):
+        assert own["phase"].shape == (2, 3, 0) and own["none"] is None
+        return 2 * own["x"]
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jaxpr = jax.make_jaxpr(lambda rows: on_own_rows(double, rows, None))(rows)
+        y = jax.jit(lambda rows: on_own_rows(double, rows, None))(rows)
+    (mapped,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map")
+    assert [argument.aval.shape for argument in mapped.invars] == [(4,)]
+    np.testing.assert_array_equal(y, 2 * rows["x"])
 
 
 def test_state_is_kept_in_shape(model):
