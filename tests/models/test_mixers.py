@@ -119,11 +119,13 @@ def test_arrays_without_elements_stay_outside_of_a_shard_map():
         assert own["phase"].shape == (2, 3, 0) and own["none"] is None
         return 2 * own["x"]
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        jaxpr = jax.make_jaxpr(lambda rows: on_own_rows(double, rows, None))(rows)
-        y = jax.jit(lambda rows: on_own_rows(double, rows, None))(rows)
-    (mapped,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "shard_map")
+    def double_all(rows):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return on_own_rows(double, rows, None)
+
+    (mapped,) = (e for e in jax.make_jaxpr(double_all)(rows).eqns if e.primitive.name == "shard_map")
     assert [argument.aval.shape for argument in mapped.invars] == [(4,)]
+    y = jax.jit(double_all, in_shardings=NamedSharding(mesh, P("data")))(rows)
     np.testing.assert_array_equal(y, 2 * rows["x"])
 
 
