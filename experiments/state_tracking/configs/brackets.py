@@ -6,13 +6,13 @@ of 60 on, and an average of parameters, measured as training goes. Training asks
 length: half of the expressions are cut unevenly (m3jax/data/tasks/brackets.py), and three of four of the last steps
 have lengths of 150 to 160. Tests are drawn as the task has them.
 The gated delta rule, whose values are whole times as wide as keys, has four heads with states of 64 x 64, as many
-numbers, the initial steps with which it learns, and expressions that are cut evenly, with which it learns better:
+numbers, a rate of its own, and expressions that are cut evenly, with which it learns better:
 
 python experiments/state_tracking/sweep.py --config brackets
-python experiments/state_tracking/sweep.py --config brackets --config.grid.models=gdn_negative --workdir runs/br_gdn \
-    --config.model.expand=4 --config.model.headdim=64 --config.model.d_state=64 --config.grid.initial_steps=0.001-0.1 \
-    --config.train.drawn_as= --config.optimizer.decay_fraction=0.6 \
-    --config.train.stages=8:600,12:600,16:600,20:800,28:1200,40:2400,60:2200,80:2600,120:3000,160:14000
+python experiments/state_tracking/sweep.py --config brackets --config.grid.models=gdn_negative --workdir runs/br_gdn_own \
+    --config.model.expand=4 --config.model.headdim=64 --config.model.d_state=64 --config.grid.learning_rates=2.8e-3 \
+    --config.train.drawn_as= \
+    --config.train.stages=8:600,12:600,16:600,20:800,28:1200,40:2400,60:2200,80:2600,120:3000,160:10000
 """
 
 import runpy
