@@ -3,6 +3,7 @@
 from .cached_attention import cached_attention_step
 from .few_rows import Sums, add_and_norm, few_rows_product
 from .gated_delta import gated_delta_scan, gated_delta_step
+from .gpu import one_device
 from .mamba3 import Mamba3State, mamba3_coefficients, mamba3_projected_step, mamba3_scan, mamba3_step
 from .residuals import SCAN_RESIDUALS
 
@@ -19,4 +20,5 @@ __all__ = [
     "mamba3_projected_step",
     "mamba3_scan",
     "mamba3_step",
+    "one_device",
 ]

@@ -1,6 +1,10 @@
-"""Whether Triton kernels can run here."""
+"""Whether kernels can run here: which device there is, and how many the program may be divided over."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType
 
 _NO_TRITON = None
 try:
@@ -29,5 +33,24 @@ def no_triton_here() -> str | None:
 
 
 def partitioned() -> bool:
-    """Several devices, outside shard_map: XLA cannot split a kernel over them, and would give each the whole batch."""
-    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+    """Several devices, outside shard_map: XLA cannot split a kernel over them, and would give each the whole batch.
+
+    A mesh that is set says how many devices there are for the program.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() > 1
+    return mesh.size > 1 and not mesh.manual_axes
+
+
+def one_device(arrays: Any = None) -> AbstractContextManager:
+    """What runs in this context runs on one device, whatever the number of those there are, so kernels are chosen.
+
+    Args:
+      arrays: a tree of arrays that the program takes. If one of them is spread over several devices, or a mesh is set
+        already, nothing is said.
+    """
+    spread = any(len(v.devices()) > 1 for v in jax.tree.leaves(arrays) if isinstance(v, jax.Array))
+    if spread or not jax.sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), (AxisType.Auto,)))

@@ -17,6 +17,7 @@ from m3jax.inference.listener import Listener, OnTokens
 from m3jax.inference.prompts import Prefill, check_prompts, length_bucket, plan_prefills
 from m3jax.inference.rows import NO_TOKEN, Drawing, Drawn, Rows, admit, decode, empty_rows
 from m3jax.inference.sampling import SamplingParams
+from m3jax.kernels import one_device
 
 _SMALLEST_OUTPUT = 256  # tokens a row has room for
 _STOP_TOKENS_MULTIPLE = 8
@@ -83,7 +84,7 @@ def generate(
     drawing = Drawing(keys, sampling, np.tile(stop_tokens, (batch, 1)))
     room = length_bucket(int(max_new_tokens), _SMALLEST_OUTPUT)
     params = _separate_layers(model, params)
-    with nullcontext() if on_tokens is None else Listener(on_tokens) as listener:
+    with one_device(params), nullcontext() if on_tokens is None else Listener(on_tokens) as listener:
         capacity = max(length_bucket(len(prompt)) for prompt in prompts) + room
         rows, first = _read_prompts(model, params, prompts, int(max_new_tokens), drawing, capacity)
         ended = np.zeros(batch, bool) if listener is None else listener.hear(first.tokens)

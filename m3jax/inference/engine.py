@@ -19,6 +19,7 @@ from m3jax.inference.decode import check_max_new_tokens, enter, needs_room, pad_
 from m3jax.inference.prompts import PREFILL_TOKENS, check_prompts, length_bucket, plan_prefills
 from m3jax.inference.rows import NO_TOKEN, Drawing, Drawn, decode, empty_rows
 from m3jax.inference.sampling import SamplingParams
+from m3jax.kernels import one_device
 
 _STOP_TOKENS = 8
 
@@ -154,15 +155,16 @@ class Engine:
         Returns:
           The requests that have ended, by number. After an error of an `on_token`, the next call returns them.
         """
-        self._admit()
-        busy = any(self._slots)
-        if busy:
-            ended = np.array([running is None for running in self._slots])
-            self._rows, drawn = decode(
-                self._model, self._params, self._rows, ended, np.int32(self._block), None, most=self._block
-            )
-            self._unread.append((drawn, list(self._slots)))
-            self._leave_by_length()
+        with one_device(self._params):
+            self._admit()
+            busy = any(self._slots)
+            if busy:
+                ended = np.array([running is None for running in self._slots])
+                self._rows, drawn = decode(
+                    self._model, self._params, self._rows, ended, np.int32(self._block), None, most=self._block
+                )
+                self._unread.append((drawn, list(self._slots)))
+                self._leave_by_length()
         errors = []
         while len(self._unread) > busy:
             errors += self._hand_out(*self._unread.popleft())

@@ -17,6 +17,7 @@ from m3jax.errors import DataError
 from m3jax.inference.batches import Batch, length_batches
 from m3jax.inference.prompts import check_prompts
 from m3jax.inference.sampling import log_probability
+from m3jax.kernels import one_device
 
 _MOST_LOGITS, _FEWEST_LOGITS = 1024, 64  # tokens whose logits exist at one time
 
@@ -73,7 +74,8 @@ def score_continuations(
     for batch in length_batches([len(tokens) for tokens, _ in rows], batch_tokens):
         members = [rows[i] for i in batch.members]
         # The device computes this batch while the host reads the results of the one before.
-        dispatched = members, _dispatch(model, params, batch, members)
+        with one_device(params):
+            dispatched = members, _dispatch(model, params, batch, members)
         if before is not None:
             yield from _read(*before)
         before = dispatched

@@ -22,6 +22,7 @@ from m3jax.inference.listener import Listener
 from m3jax.inference.prompts import check_prompts, length_bucket
 from m3jax.inference.rows import Drawing, Rows, decode, draw, read
 from m3jax.inference.sampling import SamplingParams
+from m3jax.kernels import one_device
 
 _LONGEST_PIECE = 512  # tokens that are read at one time; shorter pieces are powers of two
 _MOST = 256
@@ -102,12 +103,15 @@ class Session:
         params = SamplingParams.for_batch(1, **sampling)
         stops = pad_stop_tokens(stop_tokens, self.model.config.vocab_size)[None]
         drawing = Drawing(jax.random.key(seed)[None], params, stops)
-        logits, state, seen = self._read_all()
         one = np.ones(1, np.int32)
-        rows = Rows((), 0 * one, self.length * one, max_new_tokens * one, seen, drawing)
         with (
-            nullcontext() if on_token is None else Listener(lambda tokens: [bool(on_token(int(tokens[0])))]) as listener
+            one_device(self._params),
+            nullcontext()
+            if on_token is None
+            else Listener(lambda tokens: [bool(on_token(int(tokens[0])))]) as listener,
         ):
+            logits, state, seen = self._read_all()
+            rows = Rows((), 0 * one, self.length * one, max_new_tokens * one, seen, drawing)
             rows, first = draw(self.model, logits, rows)
             rows = rows._replace(state=state)
             ended = np.zeros(1, bool) if listener is None else listener.hear(np.asarray(first.tokens))

@@ -9,9 +9,9 @@ The gated delta rule, whose values are whole times as wide as keys, has four hea
 numbers, a rate of its own, and expressions that are cut evenly, with which it learns better:
 
 python experiments/state_tracking/sweep.py --config brackets
-python experiments/state_tracking/sweep.py --config brackets --config.grid.models=gdn_negative --workdir runs/br_gdn_own \
+python experiments/state_tracking/sweep.py --config brackets --config.grid.models=gdn_negative \
     --config.model.expand=4 --config.model.headdim=64 --config.model.d_state=64 --config.grid.learning_rates=2.8e-3 \
-    --config.train.drawn_as= \
+    --config.train.drawn_as= --workdir runs/br_gdn_own \
     --config.train.stages=8:600,12:600,16:600,20:800,28:1200,40:2400,60:2200,80:2600,120:3000,160:10000
 """
 
