@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from m3jax.config import Config, build_config, override
 from m3jax.errors import ConfigError, M3jaxError
+from m3jax.kernels.choice import CannotRunHereError
 
 _PREFIX = "--config."
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
@@ -64,13 +65,23 @@ class Parser(argparse.ArgumentParser):
           ConfigError: an unknown flag or config key (with the nearest valid one), a missing or mistyped value.
         """
         rest, overrides = _take_overrides(list(sys.argv[1:] if argv is None else argv), self._config)
+        for argument in rest:  # before argparse, which would complain of a required flag that was mistyped
+            if argument.startswith("--") and argument.split("=")[0] not in self._option_string_actions:
+                self._refuse(argument)
         arguments, unknown = self.parse_known_args(rest)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"Valid flags: {', '.join(flags)}, --config.GROUP.KEY=VALUE."
-            raise ConfigError(f"Unknown argument {unknown[0]}. {hint}")
+            self._refuse(unknown[0])
         return arguments, overrides
+
+    def _refuse(self, argument: str) -> NoReturn:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        name = argument.split("=")[0]
+        near = difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
+        key = name.removeprefix("--").replace("-", "_")
+        keys = [field for field in _config_fields(self._config) if key in (field, field.split(".")[1])]
+        near += [f"{_PREFIX}{field}" for field in keys]
+        hint = f"Did you mean {near[0]}?" if near else f"Valid flags: {', '.join(flags)}, --config.GROUP.KEY=VALUE."
+        raise ConfigError(f"Unknown argument {argument}. {hint}")
 
 
 def read_config(
@@ -93,9 +104,9 @@ def read_config(
     """
     path = Path(path)
     if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.py")], n=1)
-        raise ConfigError(f"No config file {path}.{f' Did you mean {folder / near[0]}?' if near else ''}")
+        known = {p.stem: p for folder in (Path("configs"), path.parent) for p in folder.glob("*.py")}
+        near = difflib.get_close_matches(path.stem, known, n=1)
+        raise ConfigError(f"No config file {path}.{f' Did you mean {known[near[0]]}?' if near else ''}")
     try:
         values = runpy.run_path(str(path))["get_config"]()
     except M3jaxError:
@@ -115,6 +126,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         main()
     except M3jaxError as error:
         _exit_with(f"error: {error}", 2)
+    except CannotRunHereError as error:
+        _exit_with(f"error: {error} With config.model.scan_implementation = None the fastest that can is taken.", 2)
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise

@@ -116,7 +116,9 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.include_path and not Path(arguments.include_path).is_dir():
         raise ConfigError(f"--include-path {arguments.include_path}: no such folder.")
-    for name, least in (("num_fewshot", 0), ("limit", 1)):
+    if arguments.json is not None and not Path(arguments.json).parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: there is no folder {Path(arguments.json).parent}.")
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("batches", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}.")

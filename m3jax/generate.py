@@ -13,7 +13,9 @@ import jax
 from m3jax.cli import Parser, run_main
 from m3jax.errors import ConfigError, DataError
 from m3jax.inference import Session, generate, generate_text
+from m3jax.inference.decode import check_max_new_tokens
 from m3jax.inference.interactive import converse, typed_lines, what_ends_a_turn
+from m3jax.inference.sampling import GENERATOR, SamplingParams
 from m3jax.loading import read_checkpoint
 from m3jax.models.language_model import LanguageModel
 from m3jax.training.checkpoint import Checkpoint
@@ -30,6 +32,7 @@ sys.modules[__name__].__class__ = _CallableModule
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the program with these arguments (None = those of the process) and prints the texts."""
     arguments, overrides = _parser().parse(argv)
+    _check_sampling(**_sampling(arguments))
     if arguments.interactive:
         _converse(arguments, overrides)
         return
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.params,
         checkpoint.tokenizer,
         prompts,
-        key=jax.random.key(arguments.seed),
+        key=jax.random.key(arguments.seed, impl=GENERATOR),
         stop=arguments.stop,
         on_text=(lambda row, piece: print(piece, end="", flush=True)) if streams else None,
         **_sampling(arguments),
@@ -64,8 +67,11 @@ def _converse(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ConfigError(
             "--interactive takes lines from the keyboard: expected no --prompt, --prompt-file, --num-samples."
         )
+    path = arguments.session
+    if path is not None and not Path(path).parent.is_dir():
+        raise ConfigError(f"--session {path}: there is no folder {Path(path).parent}.")
     checkpoint = _read_checkpoint(arguments, overrides)
-    model, tokenizer, path = LanguageModel(checkpoint.config.model), checkpoint.tokenizer, arguments.session
+    model, tokenizer = LanguageModel(checkpoint.config.model), checkpoint.tokenizer
     if path is not None and Path(path).exists():
         session = Session.load(path, model, checkpoint.params)
         print(f"The conversation in {path} goes on after {session.length} tokens.")
@@ -92,6 +98,12 @@ def _read_checkpoint(arguments: argparse.Namespace, overrides: dict[str, Any]) -
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     return {name: getattr(arguments, name) for name in names}
+
+
+def _check_sampling(max_new_tokens: int, **sampling: float) -> None:
+    """Before a checkpoint is read, which may take a while."""
+    check_max_new_tokens(max_new_tokens)
+    SamplingParams.for_batch(1, **sampling)
 
 
 def _parser() -> Parser:
@@ -133,13 +145,13 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _at_least_1(text: str) -> int:
-    if int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return int(text)
 
 
 def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
+    if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text}: expected an integer in [0, 2^32)")
     return int(text)
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from m3jax.data.tokenizer import check_vocabulary, load_tokenizer
@@ -40,10 +41,12 @@ def load(
 
     Raises:
       CheckpointError: nothing there, or a checkpoint that is incomplete, corrupt or of another layout.
-      ValueError: an unknown dtype.
+      ValueError: an unknown dtype, or float64 without JAX_ENABLE_X64.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype!r}; expected None or one of {', '.join(_DTYPES)}.")
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("dtype = 'float64': JAX has no 64-bit numbers unless JAX_ENABLE_X64=1 is set.")
     path = find_checkpoint(path)
     overrides = {} if a_activation is None else {"model.a_activation": a_activation}
     if mamba_ssm.is_released_checkpoint(path):

@@ -74,6 +74,8 @@ def test_flags_and_overrides_mix():
         (["--config.train.steps", "--workdir", "w"], "config.train.steps has no value"),
         (["--wrkdir", "w"], r"Unknown argument --wrkdir. Did you mean --workdir\?"),
         (["--zzz"], "Unknown argument --zzz. Valid flags: --help, --workdir, --checkpoint"),
+        (["--steps", "7"], r"Unknown argument --steps. Did you mean --config.train.steps\?"),
+        (["--train.steps=7"], r"Unknown argument --train.steps=7. Did you mean --config.train.steps\?"),
         (["stray"], "Unknown argument stray"),
         (["--work", "w"], "Unknown argument --work. Did you mean --workdir"),
         (["--workdir"], "Argument --workdir: expected one argument. See python -m m3jax.test --help"),

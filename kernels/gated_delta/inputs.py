@@ -23,6 +23,8 @@ def check_inputs(seq: Sequence, state: jax.Array | None, segment_ids: jax.Array 
         if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"{name} has dtype {value.dtype}; expected a floating point dtype.")
     lead, n, p = seq.q.shape[:-1], seq.q.shape[-1], seq.v.shape[-1]
+    if 0 in lead:
+        raise ValueError(f"q has shape {seq.q.shape}; expected at least one sequence, one token and one head.")
     expected = {"k": (*lead, n), "v": (*lead, p), "log_decay": lead, "beta": lead}
     for name, shape in expected.items():
         actual = getattr(seq, name).shape
@@ -30,8 +32,11 @@ def check_inputs(seq: Sequence, state: jax.Array | None, segment_ids: jax.Array 
             raise ValueError(f"{name} has shape {actual}; expected {shape}, as q has shape {seq.q.shape}.")
     if state is not None and state.shape != (lead[0], lead[-1], p, n):
         raise ValueError(f"the state has shape {state.shape}; expected [b, h, p, n] = {(lead[0], lead[-1], p, n)}.")
-    if segment_ids is not None and segment_ids.shape != lead[:2]:
-        raise ValueError(f"segment_ids has shape {segment_ids.shape}; expected [b, l] = {lead[:2]}.")
+    if segment_ids is not None:
+        if segment_ids.shape != lead[:2]:
+            raise ValueError(f"segment_ids has shape {segment_ids.shape}; expected [b, l] = {lead[:2]}.")
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise TypeError(f"segment_ids has dtype {segment_ids.dtype}; expected integers.")
 
 
 def of_unit_length(seq: Sequence, eps: float | None, wide: bool = False) -> Sequence:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ..decay import min_log_decay
 from ..documents import number_documents
 from ..products import matmul, operand_dtype
 from .inputs import Sequence
@@ -57,7 +58,8 @@ def _prepare(
     q, log_decay, beta = (chunked(t).astype(acc) for t in (seq.q, seq.log_decay, seq.beta))
     k = narrow_k.astype(acc)
     within, enters, leaves = _masks(document, chunk)
-    total = jnp.cumsum(log_decay, axis=-1)  # L
+    # No lower than what leaves nothing of S: differences of large sums would be of few digits.
+    total = jnp.cumsum(jnp.maximum(log_decay, min_log_decay(acc)), axis=-1)  # L
     lower = jnp.tri(chunk, dtype=bool)[None, None, None] & within
     # Masked before the exponential, which could overflow.
     between = jnp.exp(jnp.where(lower, total[..., :, None] - total[..., None, :], -jnp.inf))

@@ -5,6 +5,7 @@ import logging
 
 import jax
 
+from ..choice import CannotRunHereError
 from ..gpu import no_triton_here, partitioned
 from . import reference, xla
 from .coefficients import ProjectionWeights, Rule, from_projection
@@ -258,7 +259,7 @@ def _why_not_triton_step(token: Sequence, state: Mamba3State) -> str | None:
 
 def _require(implementation: str, why_not: str | None) -> None:
     if why_not is not None:
-        raise ValueError(f'implementation = "{implementation}" cannot run here: {why_not}.')
+        raise CannotRunHereError(f'implementation = "{implementation}" cannot run here: {why_not}.')
 
 
 def _unknown(implementation: str) -> ValueError:

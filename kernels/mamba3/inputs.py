@@ -66,6 +66,8 @@ def check_inputs(
         )
     sizes = {"b": seq.x.shape[0], "h": seq.x.shape[-2], "p": seq.x.shape[-1], "s": seq.omega.shape[-1]}
     sizes |= {"r": seq.b.shape[rank_axis], "g": seq.b.shape[-2], "n": seq.b.shape[-1]}
+    if sizes["b"] == 0:
+        raise ValueError("The batch is empty: x has no rows.")
     if has_length:
         sizes["l"] = seq.x.shape[1]
         if sizes["l"] == 0:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..decay import min_log_decay
 from ..documents import number_documents
 from ..products import matmul, operand_dtype
 from .ends import entering_ssm, leaving_state
@@ -115,7 +116,7 @@ def _chunks_per_block(batch: int, length: int, heads: int, width: int, chunk: in
 def _coefficients(seq: Sequence, document: jax.Array | None, acc: jnp.dtype) -> _Block:
     dt, a, lam = (v.astype(acc) for v in (seq.dt, seq.a, seq.lam))
     # exp of anything lower is 0, and bounded terms keep the running sums exact (running_sums).
-    log_decay = jnp.maximum(dt * a, _min_log_decay(acc))
+    log_decay = jnp.maximum(dt * a, min_log_decay(acc))
     next_half_step = ((1 - lam) * dt)[:, 1:]
     if document is not None:
         next_half_step = jnp.where((document[:, 1:] == document[:, :-1])[..., None], next_half_step, 0)
@@ -213,7 +214,7 @@ def _phases(start: jax.Array, inputs: _Block, chunk: int, masks: _Masks) -> tupl
 
 def _pass_states(start: jax.Array, update: jax.Array, decay: jax.Array, ends_same: jax.Array) -> jax.Array:
     """H entering each chunk and after the last: [b, h, m + 1, p, n]. `decay` [b, h, m] is L_end of each chunk."""
-    decay = jnp.pad(jnp.maximum(decay, _min_log_decay(decay.dtype)), ((0, 0), (0, 0), (1, 0)))
+    decay = jnp.pad(jnp.maximum(decay, min_log_decay(decay.dtype)), ((0, 0), (0, 0), (1, 0)))
     _, between = _decays(decay[:, :, None], ends_same)  # [b, h, 1, m + 1, m + 1]
     terms = jnp.concatenate([start[:, :, None], update], axis=2)
     return jnp.einsum("bhij,bhjpn->bhipn", between[:, :, 0], terms, precision=_EXACT)
@@ -222,7 +223,7 @@ def _pass_states(start: jax.Array, update: jax.Array, decay: jax.Array, ends_sam
 def _decays(log_decay: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """L [b, h, m, c], running sums of log_decay; and e^{L_i - L_j} where the mask allows, else 0, [b, h, m, c, c]."""
     coarse, fine = running_sums(
-        log_decay[..., None], -_min_log_decay(log_decay.dtype), jnp.tri(log_decay.shape[-1], dtype=bool)
+        log_decay[..., None], -min_log_decay(log_decay.dtype), jnp.tri(log_decay.shape[-1], dtype=bool)
     )
     difference = (coarse - jnp.swapaxes(coarse, -1, -2)) + (fine - jnp.swapaxes(fine, -1, -2))
     mask = mask[None, None, None] if mask.ndim == 2 else mask[:, None]
@@ -248,9 +249,3 @@ def _read_out(y: jax.Array, x: jax.Array, z: jax.Array | None, weights: Weights,
         y, x, z, expand(weights.d, 1, 1), expand(weights.mimo_z, rank, p), expand(weights.mimo_o, rank, p),
         expand(weights.norm_weight, 1, p), norm_eps,
     )  # fmt: skip
-
-
-def _min_log_decay(dtype: jnp.dtype) -> float:
-    """A float whose exponential is 0 in `dtype`, and not much lower."""
-    info = jnp.finfo(dtype)
-    return float(math.log(float(info.smallest_subnormal)) if info.bits < 64 else -745.2) - 2.0

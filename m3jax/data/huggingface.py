@@ -1,6 +1,7 @@
 """Hugging Face data sets, streamed: from the hub, or from a local folder or builder that `datasets` can load."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,9 @@ class HuggingFaceText:
         self._text_field = config.text_field
         path, _, split = name.removeprefix("hf:").partition(":")
         self._split = split or config.hf_split
+        if not path or os.path.isfile(path):
+            what = "is a file: write it without hf:" if path else "has no name: expected hf:NAME or hf:FOLDER"
+            raise DataError(f"config.data.source = {name!r} {what}.")
         try:
             self._builder = datasets.load_dataset_builder(path, config.hf_subset)
             self._builder.as_streaming_dataset(split=self._split)

@@ -47,9 +47,10 @@ class TrainIterator(Iterator[Batch]):
           DataError: the state is of other data or another order; the message names what differs.
         """
         for key, value in self._identity.items():
-            if state["data"].get(key) != value:
+            was = state["data"].get(key, value)  # older states have less
+            if was != value:
                 raise DataError(
-                    f"Cannot continue at the saved position in the data: {key} was {state['data'].get(key)!r} and is "
+                    f"Cannot continue at the saved position in the data: {key} was {was!r} and is "
                     f"now {value!r}. Restore it, or start a run in a new workdir from the saved parameters."
                 )
         self._iterators[0].set_state(state["position"])
@@ -129,7 +130,7 @@ def open_train(config: Config, tokenizer: Tokenizer, process_index: int = 0, pro
         identity |= {
             f"config.data.{key}": getattr(data, key) for key in ("source", "hf_subset", "hf_split", "text_field")
         }
-        identity |= {"tokenizer": tokenizer.id, "held-out documents": skip}
+        identity |= {"tokenizer": tokenizer.id, "held-out documents": skip, "data set": source.identity()}
         windows = StreamedWindows(source, tokenizer, data.sequence_length, skip, process_index, process_count)
         shuffled = grain.experimental.WindowShuffleIterDataset(windows, window_size=_SHUFFLE_WINDOWS, seed=data.seed)
         batches = shuffled.batch(batch_size, drop_remainder=True)
@@ -144,6 +145,7 @@ def open_train(config: Config, tokenizer: Tokenizer, process_index: int = 0, pro
             f"config.data.sequence_length + 1 = {data.sequence_length + 1}."
         )
     identity |= {"tokens": part.stream.digest, "first token": part.begin, "end of the tokens": part.end}
+    identity |= {"documents": part.stream.documents_digest}
     rows = grain.MapDataset.source(windows).seed(data.seed).shuffle().repeat()[process_index::process_count]
     batches = rows.batch(batch_size, drop_remainder=True).to_iter_dataset(_READ_OPTIONS)
     return TrainIterator(batches, identity)

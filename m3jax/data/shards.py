@@ -3,6 +3,7 @@
 docs/data.md describes the format. Reading maps the files into memory and shows them as one stream of tokens.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -141,15 +142,21 @@ class TokenStream:
         dtype = _DTYPES[self.meta.dtype]
         self._arrays = [np.asarray(np.memmap(path, dtype, mode="r")) for path in self._paths]
         self._ends = np.cumsum(self._sizes)
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
+        own = directory / _DOCUMENTS_FILE
+        files = [*self._paths, own] if own.exists() else self._paths
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         key = hashlib.sha256(json.dumps([asdict(self.meta), stats]).encode()).hexdigest()[:32]
         index = cache_dir / "shard_indexes" / key
         build_once(index, self._build_index)
         self._index = json.loads((index / _INDEX_FILE).read_text())
         self.digest = hashlib.sha256("".join(shard["sha256"] for shard in self._index).encode()).hexdigest()[:32]
-        own = directory / _DOCUMENTS_FILE
         documents = own if own.exists() else index / _DOCUMENTS_FILE
         self._documents = _map_documents(documents, self.meta)
+
+    @functools.cached_property
+    def documents_digest(self) -> str:
+        """A hash of where documents begin."""
+        return hashlib.sha256(np.ascontiguousarray(self._documents)).hexdigest()[:32]
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -182,7 +189,10 @@ class TokenStream:
 
     def _build_index(self, directory: Path) -> None:
         """Reads every token once: largest id and hash of each shard, and where documents begin unless that is known."""
-        derive = not (self.directory / _DOCUMENTS_FILE).exists()
+        own = self.directory / _DOCUMENTS_FILE
+        derive = not own.exists()
+        if not derive:
+            _check_documents(own, _map_documents(own, self.meta), len(self))
         index = []
         progress = Progress(f"checking {self.directory}", sum(path.stat().st_size for path in self._paths))
         with open(directory / _DOCUMENTS_FILE, "wb") as documents, progress:
@@ -231,6 +241,13 @@ def _map_documents(path: Path, meta: ShardsMeta) -> np.ndarray:
             f"{path}: truncated or damaged, it has {size} bytes for {meta.documents or 'whole'} documents of 8."
         )
     return np.asarray(np.memmap(path, "<u8", mode="r")) if size else np.array([], "<u8")
+
+
+def _check_documents(path: Path, starts: np.ndarray, n_tokens: int) -> None:
+    if np.any(starts[1:] <= starts[:-1]) or (len(starts) and starts[-1] >= n_tokens):
+        raise DataError(
+            f"{path}: damaged, expected ascending positions of the {n_tokens} tokens, each below {n_tokens}."
+        )
 
 
 def read_meta(directory: Path) -> ShardsMeta:

@@ -16,7 +16,7 @@ from m3jax.errors import ConfigError
 from m3jax.inference.listener import Listener, OnTokens
 from m3jax.inference.prompts import Prefill, check_prompts, length_bucket, plan_prefills
 from m3jax.inference.rows import NO_TOKEN, Drawing, Drawn, Rows, admit, decode, empty_rows
-from m3jax.inference.sampling import SamplingParams
+from m3jax.inference.sampling import GENERATOR, SamplingParams
 from m3jax.kernels import one_device
 
 _SMALLEST_OUTPUT = 256  # tokens a row has room for
@@ -169,12 +169,17 @@ def _row_keys(key: jax.Array | None, batch: int) -> jax.Array:
 
 def _check_key(key: jax.Array | None, batch: int) -> jax.Array:
     if key is None:
-        return jax.random.key(0)
+        return jax.random.key(0, impl=GENERATOR)
     dtype = getattr(key, "dtype", None)
     if dtype == np.uint32:  # of jax.random.PRNGKey
-        key = jax.random.wrap_key_data(key)
+        key = jax.random.wrap_key_data(key, impl={2: GENERATOR}.get(key.shape[-1]))
     elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ConfigError(f"key = {key!r}: expected a random key, such as jax.random.key(0).")
+    if str(jax.random.key_impl(key)) != GENERATOR:
+        raise ConfigError(
+            f"key is of {jax.random.key_impl(key)}, with which a row's tokens would depend on the others': expected "
+            f"one of {GENERATOR}, such as jax.random.key(0, impl={GENERATOR!r})."
+        )
     if key.shape not in ((), (batch,)):
         raise ConfigError(
             f"key has shape {key.shape}: expected one random key, or one for each of the {batch} prompts."

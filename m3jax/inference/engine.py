@@ -8,6 +8,7 @@ ends draws at most two blocks in vain.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from m3jax.errors import ConfigError
 from m3jax.inference.decode import check_max_new_tokens, enter, needs_room, pad_stop_tokens
 from m3jax.inference.prompts import PREFILL_TOKENS, check_prompts, length_bucket, plan_prefills
 from m3jax.inference.rows import NO_TOKEN, Drawing, Drawn, decode, empty_rows
-from m3jax.inference.sampling import SamplingParams
+from m3jax.inference.sampling import GENERATOR, SamplingParams, check_seed
 from m3jax.kernels import one_device
 
 _STOP_TOKENS = 8
@@ -132,8 +133,7 @@ class Engine:
           DataError: a prompt that is empty, not integers, or has a token outside the vocabulary.
         """
         check_max_new_tokens(request.max_new_tokens)
-        if not isinstance(request.seed, int | np.integer) or not 0 <= request.seed < 2**32:
-            raise ConfigError(f"seed = {request.seed!r}: expected an integer in [0, 2^32).")
+        check_seed(request.seed)
         (prompt,) = check_prompts([request.prompt], self._model.config.vocab_size)
         _sampling([request])
         if len(request.stop_tokens) > _STOP_TOKENS:
@@ -145,7 +145,8 @@ class Engine:
                 f"A prompt of {len(prompt)} tokens, rounded up to {length_bucket(len(prompt))}, and max_new_tokens = "
                 f"{request.max_new_tokens} need room for {needed}: expected at most capacity = {self._capacity}."
             )
-        self._waiting.append(_Running(self._numbers, dataclasses.replace(request, prompt=prompt)))
+        own = dataclasses.replace(request, prompt=prompt, stop_tokens=tuple(request.stop_tokens))
+        self._waiting.append(_Running(self._numbers, own))
         self._numbers += 1
         return self._waiting[-1].number
 
@@ -176,8 +177,12 @@ class Engine:
     def run(self) -> dict[int, Completion]:
         """Steps until all requests have ended; returns them by number."""
         done = {}
-        while self._waiting or any(self._slots) or self._unread or self._done:
-            done |= self.step()
+        try:
+            while self._waiting or any(self._slots) or self._unread or self._done:
+                done |= self.step()
+        except BaseException:
+            self._done |= done  # for the next call
+            raise
         return done
 
     def _admit(self) -> None:
@@ -189,7 +194,7 @@ class Engine:
         seeds = np.zeros(len(self._slots), np.uint32)  # always as many: an array of another shape would compile
         seeds[: len(requests)] = [request.seed for request in requests]
         drawing = Drawing(
-            jax.vmap(jax.random.key)(seeds),
+            jax.vmap(partial(jax.random.key, impl=GENERATOR))(seeds),
             _sampling(requests),
             np.stack([pad_stop_tokens(request.stop_tokens, self._model.config.vocab_size) for request in requests]),
         )

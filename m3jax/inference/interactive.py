@@ -5,7 +5,7 @@ from typing import Any
 
 from m3jax.data.tokenizer import Tokenizer
 from m3jax.inference.session import Session
-from m3jax.inference.text import ContinuedText, check_tokenizer
+from m3jax.inference.text import ContinuedText, check_texts, check_tokenizer
 
 
 def converse(
@@ -35,6 +35,7 @@ def converse(
     Raises:
       ConfigError: a parameter outside its range, or more tokens than the session has room for.
     """
+    check_texts("stop", stop)
     check_tokenizer(tokenizer, session.model)
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for line in lines:

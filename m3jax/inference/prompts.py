@@ -44,7 +44,7 @@ def check_prompts(prompt_tokens: ArrayLike | Sequence[Sequence[int]], vocab_size
             raise DataError(f"prompt_tokens has shape {prompt_tokens.shape}: expected [prompts, length].")
     if len(prompt_tokens) == 0:
         raise DataError("prompt_tokens has no rows: expected at least one prompt.")
-    return [_check_prompt(f"prompt_tokens[{i}]", np.asarray(row), vocab_size) for i, row in enumerate(prompt_tokens)]
+    return [_check_prompt(f"prompt_tokens[{i}]", np.array(row), vocab_size) for i, row in enumerate(prompt_tokens)]
 
 
 def plan_prefills(prompts: Sequence[np.ndarray], most_rows: int, tokens: int = PREFILL_TOKENS) -> list[Prefill]:

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from m3jax.inference.cache import put_rows, take_row
 from m3jax.inference.listener import tell
-from m3jax.inference.sampling import SamplingParams, sample
+from m3jax.inference.sampling import GENERATOR, SamplingParams, sample
 
 PyTree = Any
 
@@ -53,7 +53,7 @@ class Drawn(NamedTuple):
 def empty_rows(model: nn.Module, batch: int, capacity: int, stop_tokens: int) -> Rows:
     """Rows that have ended, with room for `capacity` tokens and for so many stop tokens each."""
     none = jnp.zeros(batch, jnp.int32)
-    keys = jnp.broadcast_to(jax.random.key(0), (batch,))
+    keys = jnp.broadcast_to(jax.random.key(0, impl=GENERATOR), (batch,))
     sampling = jax.tree.map(jnp.asarray, SamplingParams.for_batch(batch))
     drawing = Drawing(keys, sampling, jnp.full((batch, stop_tokens), NO_TOKEN, jnp.int32))
     seen = jnp.zeros((batch, model.config.vocab_size), bool)
@@ -84,7 +84,7 @@ def admit(
         {"params": params}, prompts, segment_ids, model.initial_state(*prompts.shape), method="prefill"
     )
     logits = model.apply({"params": params}, hidden[:, -1], method="logits")
-    length = segment_ids.sum(axis=1)
+    length = segment_ids.sum(axis=1, dtype=jnp.int32)
     new = Rows((), jnp.zeros_like(target), length[source], max_new_tokens, seen[source], drawing)
     new, drawn = draw(model, logits[source], new)
 

@@ -14,6 +14,9 @@ from m3jax.errors import ConfigError
 _SMALLEST_TEMPERATURE = 1e-6
 
 
+GENERATOR = "threefry2x32"  # of random numbers: mapped over keys, those of a key depend on it alone
+
+
 class SamplingParams(NamedTuple):
     """How each row of a batch is sampled; arrays, so that other values do not compile anything anew."""
 
@@ -159,3 +162,9 @@ def _per_row(name: str, value: ArrayLike, batch: int, dtype: type, is_valid: obj
     if invalid.any():
         raise ConfigError(f"{name} = {array[invalid][0]}: expected a finite {kind_name} {expected}.")
     return np.broadcast_to(array.astype(dtype), (batch,))
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError unless it is one of a key."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ConfigError(f"seed = {seed!r}: expected an integer in [0, 2^32).")

@@ -21,12 +21,12 @@ from m3jax.inference.decode import check_max_new_tokens, needs_room, pad_stop_to
 from m3jax.inference.listener import Listener
 from m3jax.inference.prompts import check_prompts, length_bucket
 from m3jax.inference.rows import Drawing, Rows, decode, draw, read
-from m3jax.inference.sampling import SamplingParams
+from m3jax.inference.sampling import GENERATOR, SamplingParams, check_seed
 from m3jax.kernels import one_device
 
 _LONGEST_PIECE = 512  # tokens that are read at one time; shorter pieces are powers of two
 _MOST = 256
-_FORMAT = "m3jax session 1"
+_FORMAT = "m3jax session 2"
 # Keys of the model that decide how it is computed, not what a state says.
 _WITHOUT_INFLUENCE = ("param_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers")
 
@@ -97,12 +97,13 @@ class Session:
           ConfigError: a parameter outside its range, no token to follow, or more than there is room for.
         """
         check_max_new_tokens(max_new_tokens)
+        check_seed(seed)
         self._check_room(max_new_tokens)
         if not self._unread:
             raise ConfigError("The session is empty: expected at least one token to be read before others are drawn.")
         params = SamplingParams.for_batch(1, **sampling)
         stops = pad_stop_tokens(stop_tokens, self.model.config.vocab_size)[None]
-        drawing = Drawing(jax.random.key(seed)[None], params, stops)
+        drawing = Drawing(jax.random.key(seed, impl=GENERATOR)[None], params, stops)
         one = np.ones(1, np.int32)
         with (
             one_device(self._params),
@@ -156,18 +157,25 @@ class Session:
             raise CheckpointError(f"Cannot read {path}: {error}") from error
         if about.get("format") != _FORMAT:
             raise CheckpointError(f"{path} says format = {about.get('format')!r}: expected {_FORMAT!r}.")
-        _check_meaning(path, json.loads(about["model"]), _meaning(model))
-        session = cls(model, params, capacity=json.loads(about["capacity"]))
+        try:
+            meaning, capacity = dict(json.loads(about["model"])), json.loads(about["capacity"])
+            session_length, unread = int(about["length"]), tensors["unread"]
+            if len(unread):
+                check_prompts([unread], model.config.vocab_size)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+        _check_meaning(path, meaning, _meaning(model))
+        session = cls(model, params, capacity=capacity)
         session._check_shapes(path, tensors)
-        if about["weights"] != session._checksum():
+        if about.get("weights") != session._checksum():
             raise CheckpointError(f"{path} is a session of other weights: expected those of the model given.")
         leaves, structure = jax.tree.flatten(session._state)
         names = list(_named(session._state))
         session._state = structure.unflatten(
             jnp.asarray(tensors[name], leaf.dtype) for name, leaf in zip(names, leaves, strict=True)
         )
-        session._seen, session._unread = jnp.asarray(tensors["seen"]), tensors["unread"].tolist()
-        session.length = int(about["length"])
+        session._seen, session._unread = jnp.asarray(tensors["seen"]), unread.tolist()
+        session.length = session_length
         return session
 
     def _read_all(self) -> tuple[jax.Array, Any, jax.Array]:
@@ -227,12 +235,13 @@ def _check_meaning(path: Path, stored: dict[str, Any], own: dict[str, Any]) -> N
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _bit_sums(params: Any, dtype: str) -> Any:
-    """Of each array, the sum of its numbers' bits modulo 2^32, those of numbers no wider than `dtype`."""
+    """Of each array a hash of its numbers' bits and places, those of numbers no wider than `dtype`, uint32."""
 
     def bits(v: jax.Array) -> jax.Array:
         v = v.astype(dtype) if v.dtype.itemsize > jnp.dtype(dtype).itemsize else v
-        return jnp.sum(
-            jax.lax.bitcast_convert_type(v, f"uint{8 * v.dtype.itemsize}").astype(jnp.uint32), dtype=jnp.uint32
-        )
+        words = jax.lax.bitcast_convert_type(v, f"uint{8 * min(v.dtype.itemsize, 4)}").astype(jnp.uint32).ravel()
+        words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)  # or two changed signs would cancel
+        words ^= words >> 13
+        return jnp.sum(words * (2 * jax.lax.iota(jnp.uint32, words.size) + 1), dtype=jnp.uint32)
 
     return jax.tree.map(bits, params)

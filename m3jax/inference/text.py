@@ -45,8 +45,8 @@ def generate_text(
       ConfigError: a parameter outside its range, an empty stop string, or a tokenizer larger than the vocabulary.
       DataError: a prompt without tokens.
     """
-    _check_texts("prompts", prompts)
-    _check_texts("stop", stop)
+    check_texts("prompts", prompts)
+    check_texts("stop", stop)
     check_tokenizer(tokenizer, model)
     prompt_tokens = [_encode(tokenizer, i, prompt) for i, prompt in enumerate(prompts)]
     texts = [ContinuedText(tokenizer, tokens, stop) for tokens in prompt_tokens]
@@ -146,7 +146,8 @@ def _encode(tokenizer: Tokenizer, i: int, prompt: str) -> list[int]:
     return tokens
 
 
-def _check_texts(name: str, texts: Sequence[str]) -> None:
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Raises ConfigError for what is no list of texts, and for an empty stop string."""
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise ConfigError(f"{name} = {texts!r}: expected a list of texts.")
     if name == "stop" and "" in texts:

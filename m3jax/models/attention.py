@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from m3jax.config import ModelConfig, round_up
 from m3jax.kernels import cached_attention_step
 from m3jax.kernels.cached_attention import xla
+from m3jax.kernels.documents import number_documents
 from m3jax.kernels.products import operand_dtype
 from m3jax.models import document_attention
 from m3jax.models.linear import Linear, closing_gain
@@ -98,7 +99,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     """
     if segment_ids is not None and _fused(q, masked=True) and document_attention.can_run():
         return document_attention.attend_documents(q, k, v, segment_ids)
-    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    mask = None
+    if segment_ids is not None:
+        document = number_documents(segment_ids)  # ids may come again
+        mask = document[:, None, :, None] == document[:, None, None, :]
     implementation = "cudnn" if _fused(q, mask is not None) else "xla"
     operands = (t.astype(operand_dtype(t.dtype)) for t in (q, k, v))
     y = jax.nn.dot_product_attention(*operands, mask=mask, is_causal=True, implementation=implementation)
@@ -128,7 +132,7 @@ def _attend_from(
 ) -> tuple[jax.Array, AttentionState]:
     """Attention of new tokens [b, l, ...] to themselves and the cache, and the cache with them."""
     n_new = q.shape[1]
-    position = state.length[:, None] + jnp.arange(n_new)[None]  # [b, l]
+    position = state.length[:, None] + jnp.arange(n_new, dtype=jnp.int32)[None]  # [b, l]
     keys, values = xla.put(state.keys, k, position), xla.put(state.values, v, position)
     start = jnp.broadcast_to(state.start[:, None], position.shape)  # where the document of each new token starts
     if segment_ids is not None:

@@ -69,7 +69,13 @@ class LanguageModel(nn.Module):
         return self.logits(self.hidden(tokens, segment_ids))
 
     def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """What the head sees: tokens [b, l] → [b, l, d_model]; documents (segment_ids [b, l]) do not see each other."""
+        """What the head sees: tokens [b, l] → [b, l, d_model]; documents (segment_ids [b, l]) do not see each other.
+
+        Raises:
+          ValueError: tokens of another number of axes.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tokens.shape}; expected [b, l], as [1, l] for one sequence.")
         x, _ = self.layers(self._embed(tokens), segment_ids, None)
         return self.norm(x)
 

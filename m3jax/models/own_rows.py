@@ -13,6 +13,8 @@ PyTree = Any
 def on_own_rows(f: Callable[[PyTree, PyTree], PyTree], rows: PyTree, shared: PyTree) -> PyTree:
     """f(rows, shared), with f called per device where a mesh is set: the compiler cannot divide a kernel by itself.
 
+    Rows that the devices cannot share evenly are not divided, and then f has no kernels.
+
     Args:
       f: treats every row alone, whatever the others are.
       rows: arrays whose first axis is the batch, divided over all axes of the mesh.
@@ -22,10 +24,10 @@ def on_own_rows(f: Callable[[PyTree, PyTree], PyTree], rows: PyTree, shared: PyT
       What f returns, its arrays' first axis the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    leaves, tree = jax.tree.flatten(rows)
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes or leaves[0].shape[0] % mesh.size:
         return f(rows, shared)
     batch = P(mesh.axis_names)
-    leaves, tree = jax.tree.flatten(rows)
 
     def on_one_device(own: list[jax.Array], shared: PyTree) -> PyTree:
         count, arrays = own[0].shape[0], iter(own)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
+from m3jax.kernels.documents import number_documents
 
 
 class ShortConv(nn.Module):
@@ -41,13 +42,16 @@ class ShortConv(nn.Module):
         length = x.shape[1]
         before = jnp.zeros((x.shape[0], taps - 1, d), x.dtype) if state is None else state.astype(x.dtype)
         padded = jnp.concatenate([before, x], axis=1)
-        document = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (taps - 1, 0)), mode="edge")
+        document = None
+        if segment_ids is not None:
+            own_document = number_documents(segment_ids)  # ids may come again
+            document = jnp.pad(own_document, ((0, 0), (taps - 1, 0)), mode="edge")
         y = jnp.zeros_like(x)
         for age in range(taps):
             at = slice(taps - 1 - age, taps - 1 - age + length)
             tap = padded[:, at] * kernel[taps - 1 - age][None, None]
             if document is not None and age:
-                tap = jnp.where((document[:, at] == segment_ids)[..., None], tap, 0)
+                tap = jnp.where((document[:, at] == own_document)[..., None], tap, 0)
             y = y + tap
         if offset is not None:
             y = y + offset.astype(x.dtype)[None, None]

@@ -58,7 +58,11 @@ def _batches(study: StudyConfig, group: Group, purpose: int, span: Span) -> Ques
     in_training = group.width(study.training_spans[0]._replace(longest=train.arrays[-1]), train.bos)
     fitting = max(1, train.batch_size * in_training // width)
     batch = next(size for size in range(min(n, fitting), 0, -1) if n % size == 0)
-    key = jax.random.fold_in(stream(_SEED, purpose), jnp.uint32(span.shortest * 2**16 + span.longest))
+    key = stream(_SEED, purpose)
+    if span.longest < 2**16:
+        key = jax.random.fold_in(key, jnp.uint32(span.shortest * 2**16 + span.longest))
+    else:
+        key = jax.random.fold_in(jax.random.fold_in(key, span.shortest), span.longest)
     shortest, longest = span.shortest + group.shift, span.longest + group.shift
     questions = draw_questions(key, group.task(span), n, shortest, longest, width, group.answers(span), train.bos)
     return jax.tree.map(lambda v: v.reshape(n // batch, batch, *v.shape[1:]), questions)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
 from m3jax.config import ModelConfig, one_of, round_up
 from m3jax.data.tasks import Task
+from m3jax.errors import ConfigError
 from m3jax.studies.config import Span, StudyConfig
 from m3jax.studies.models import model_config
 
@@ -99,4 +101,9 @@ def make_groups(
                 continue
             steps = None
         groups.append(Group(task_name, task.chance, model_name, model, runs, grid.shift(task_name), steps))
+    twice = [name for name, count in Counter(group.name for group in groups).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"config.grid has {twice[0]} twice: expected every task, model, width and range of initial steps once."
+        )
     return groups

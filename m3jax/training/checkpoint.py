@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from m3jax.config import CheckpointConfig, Config, build_config, config_to_dict, override
 from m3jax.data.atomic import build_new
 from m3jax.data.tokenizer import Tokenizer, load_tokenizer
-from m3jax.errors import CheckpointError
+from m3jax.errors import CheckpointError, ConfigError
 from m3jax.models.language_model import LanguageModel
 from m3jax.training import manifest
 from m3jax.training.step import TrainState, init_params
@@ -274,6 +274,11 @@ def load_checkpoint(
     if not (directory / item).is_dir():
         raise CheckpointError(f"{directory} has no moving average: the run had train.ema_decay = 0.")
     run = _read_run(directory)
+    asked = (overrides or {}).get("data.tokenizer", run.tokenizer["name"])
+    if asked != run.tokenizer["name"]:
+        raise ConfigError(
+            f"config.data.tokenizer = {asked!r}: {directory} has its own, {run.tokenizer['name']!r}. Leave it out."
+        )
     config = build_config(override(run.config, overrides or {}))
     sharding = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(

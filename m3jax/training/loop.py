@@ -28,7 +28,7 @@ from m3jax.training.initial import find_initial
 from m3jax.training.interrupt import StopRequest
 from m3jax.training.loss_curve import plot_loss_curve
 from m3jax.training.manifest import write_json
-from m3jax.training.metrics import FILE, MetricsWriter, check_writers
+from m3jax.training.metrics import FILE, MetricsWriter, check_writers, read_metrics
 from m3jax.training.progress import Progress, environment_lines, format_seconds, parameter_table
 from m3jax.training.sharding import make_mesh, shard_batch, state_shardings, with_shardings
 from m3jax.training.step import first_state, init_state, make_eval_step, make_train_step
@@ -123,7 +123,7 @@ class _Trainer:
     def run(self) -> TrainResult:
         """Trains from where the workdir stands to the last step or a signal."""
         self.step = self.start or 0
-        if self.start is not None and self.start >= self.last_step:
+        if self.start is not None and self.start >= self.last_step and not self._evaluation_is_missing():
             self.progress.message(
                 f"{self.workdir} is finished: its checkpoint of step {self.start} reaches the last step, "
                 f"{self.last_step}."
@@ -154,6 +154,8 @@ class _Trainer:
 
     def _loop(self, stop: StopRequest) -> Evaluation | None:
         train, evaluation = self.config.train, None
+        if self._evaluation_is_missing():
+            evaluation = self._evaluate()
         if train.nonfinite == "rollback":
             self._save()  # from the first step on there is something to roll back to
         while self.step < self.last_step:
@@ -162,17 +164,28 @@ class _Trainer:
                     self._save()
                 return None
             rolled_back = not self._advance()
-            at_end = self.step == self.last_step
-            save = at_end or self.step % self.config.checkpoint.every == 0
-            evaluates = at_end or (train.eval_every and self.step % train.eval_every == 0)
-            if rolled_back or ((save or evaluates) and not self._settle()):
+            save = self.step == self.last_step or self.step % self.config.checkpoint.every == 0
+            if rolled_back or ((save or self._evaluates()) and not self._settle()):
                 continue
             if save:
                 self._save()
-            if evaluates:
+            if self._evaluates():
                 evaluation = self._evaluate()
             self.checkpointer.raise_failure()
         return evaluation
+
+    def _evaluates(self) -> bool:
+        every = self.config.train.eval_every
+        return self.step == self.last_step or bool(every and self.step % every == 0)
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether the process that saved the checkpoint was killed before it had evaluated it."""
+        records = read_metrics(self.workdir / FILE) if (self.workdir / FILE).exists() else []
+        return (
+            self.start is not None
+            and self._evaluates()
+            and not any(record["step"] == self.start and "validation_loss" in record for record in records)
+        )
 
     def _advance(self) -> bool:
         """Dispatches one step, then settles the one before; False when that rolled the run back."""

@@ -49,9 +49,10 @@ def init_state(config: Config, model: LanguageModel) -> TrainState:
 
 def first_state(config: Config, params: PyTree) -> TrainState:
     """Everything a step changes, before the first step with these parameters. Pure."""
-    # Moments of at least float32, whatever type the parameters have.
-    opt_state = make_optimizer(config.optimizer).init(jax.tree.map(_at_least_float32, params))
-    ema = jax.tree.map(jnp.copy, params) if config.train.ema_decay > 0 else None
+    # Moments and average of at least float32, whatever type the parameters have: small changes would be rounded away.
+    wide = jax.tree.map(_at_least_float32, params)
+    opt_state = make_optimizer(config.optimizer).init(wide)
+    ema = jax.tree.map(jnp.copy, wide) if config.train.ema_decay > 0 else None
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
 

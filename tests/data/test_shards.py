@@ -107,6 +107,24 @@ def test_contents_are_read_once_and_again_after_a_change(tmp_path, cache, monkey
         changed.check_ids(258)
 
 
+def test_documents_of_ones_own_are_checked_and_known_again(tmp_path, cache):
+    directory = _foreign(tmp_path / "s", [1, 2, 1, 4], bos_id=1)
+    own = directory / "documents.idx"
+    digests = []
+    for starts in ([0, 3], [0, 1]):
+        np.array(starts, "<u8").tofile(own)
+        stream = TokenStream(directory, cache)
+        assert stream.document_starts(0, 4).tolist() == starts
+        digests.append(stream.documents_digest)
+    assert digests[0] != digests[1]
+    for starts in ([1, 0], [0, 4]):
+        np.array(starts, "<u8").tofile(own)
+        with pytest.raises(DataError, match=r"documents\.idx: damaged, expected ascending positions"):
+            TokenStream(directory, cache)
+    own.unlink()
+    assert TokenStream(directory, cache).document_starts(0, 4).tolist() == [0, 2]
+
+
 def test_truncated_shard(tmp_path, cache):
     _write(tmp_path / "s")
     path = tmp_path / "s" / "tokens-00000.bin"

@@ -269,6 +269,7 @@ def test_prompts_may_come_in_any_container(params, container):
         (ConfigError, dict(stop_tokens=[VOCAB]), r"stop_tokens holds 61: expected token ids in \[0, 61\)"),
         (ConfigError, dict(stop_tokens=["."]), r"stop_tokens holds '.': expected"),
         (ConfigError, dict(key=0), r"key = 0: expected a random key, such as jax.random.key\(0\)"),
+        (ConfigError, dict(key=jax.random.key(0, impl="rbg")), "key is of rbg, .*: expected one of threefry2x32"),
         (ConfigError, dict(key=KEYS), r"key has shape \(4,\): expected one random key"),
         (DataError, dict(prompt_tokens=[[0, VOCAB]]), r"prompt_tokens\[0\]\[1\] = 61: expected"),
         (DataError, dict(prompt_tokens=[[]]), r"prompt_tokens\[0\] is empty"),

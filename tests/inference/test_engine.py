@@ -147,6 +147,35 @@ def test_on_token_hears_and_ends_and_its_error_harms_nobody_else(hybrid):
     assert done[ended].tokens == free.tokens[:3] and len(done[failing].tokens) == 1
 
 
+def test_what_was_done_before_an_error_comes_with_the_next_call(hybrid):
+    *_, engine = hybrid
+
+    def fail(token, logprob):
+        raise ZeroDivisionError
+
+    short, long = (
+        dataclasses.replace(requests()[2], max_new_tokens=1),
+        dataclasses.replace(requests()[2], on_token=fail),
+    )
+    one = engine.submit(short)
+    for _ in range(3):  # so that the failing one has to wait for a slot
+        last = engine.submit(dataclasses.replace(short, max_new_tokens=9))
+    failing = engine.submit(long)
+    with pytest.raises(ZeroDivisionError):
+        engine.run()
+    assert engine.run().keys() >= {one, last, failing}
+
+
+def test_a_request_is_what_it_was_when_it_came(hybrid):
+    *_, engine = hybrid
+    prompt = np.array([1, 2, 3])
+    number = engine.submit(Request(prompt, max_new_tokens=4))
+    prompt[:] = 7
+    again = engine.submit(Request([1, 2, 3], max_new_tokens=4))
+    done = engine.run()
+    same(done[number], done[again])
+
+
 def test_requests_may_come_while_others_run(hybrid):
     *_, engine = hybrid
     for request in requests():

@@ -122,8 +122,10 @@ def test_session_of_another_model_is_refused(session, params, tmp_path, change, 
 def test_damaged_files_are_refused(session, params, tmp_path):
     path = tmp_path / "s"
     session.save(path)
-    with pytest.raises(CheckpointError, match="of other weights"):
-        Session.load(path, MODEL, dict(params, embedding=params["embedding"].at[3, 2].add(1)))
+    embedding = params["embedding"]
+    for other in (embedding.at[3, 2].add(1), embedding[::-1], -embedding):
+        with pytest.raises(CheckpointError, match="of other weights"):
+            Session.load(path, MODEL, dict(params, embedding=other))
     whole = path.read_bytes()
     with safetensors.safe_open(path, framework="np") as file:
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -136,6 +138,13 @@ def test_damaged_files_are_refused(session, params, tmp_path):
         path.write_bytes(safetensors.numpy.save(tensors | change, about))
         with pytest.raises(CheckpointError, match=message):
             Session.load(path, MODEL, params)
+    for part, value in (("length", "x"), ("model", '"x"'), ("model", "no JSON")):
+        path.write_bytes(safetensors.numpy.save(tensors, about | {part: value}))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            Session.load(path, MODEL, params)
+    path.write_bytes(safetensors.numpy.save(tensors | {"unread": np.array([61], np.int32)}, about))
+    with pytest.raises(CheckpointError, match=r"is damaged \(DataError: prompt_tokens\[0\]\[0\] = 61"):
+        Session.load(path, MODEL, params)
     path.write_bytes(safetensors.numpy.save(tensors, about | {"format": "other"}))
     with pytest.raises(CheckpointError, match="format = 'other'"):
         Session.load(path, MODEL, params)

@@ -89,6 +89,14 @@ def test_gradients_of_chunks_equal_those_of_tokens(x64, documents, chunk_size):
         tolerances.assert_close(actual[name], expected, tolerances.rounding("float64", L * N), name)
 
 
+@pytest.mark.parametrize("decay", [-1e6, -np.inf])
+def test_a_decay_that_leaves_nothing(decay):
+    args = make(dtype="float32")
+    args["log_decay"][:, 7] = decay
+    o, expected = (gated_delta_scan(**args, implementation=kind) for kind in ("xla", "reference"))
+    tolerances.assert_close(o, expected, tolerances.rounding("float32", L * N), "o")
+
+
 def test_float32_with_keys_that_are_nearly_one():
     """The hardest system: every token overwrites what the one before wrote."""
     args = make(3, "float32")

@@ -79,6 +79,12 @@ def test_pieces_and_steps_equal_the_whole(model, documents):
         tolerances.assert_close(logits, expected[:, t], TOLERANCE, f"token {t}")
 
 
+def test_ids_that_come_again_are_of_other_documents(model):
+    apply, _, _ = model
+    again = np.stack([np.repeat([5, 3, 5], [5, 1, 17]), np.repeat([5, 3, 5], [9, 8, 6])])
+    np.testing.assert_array_equal(apply(TOKENS, again), apply(TOKENS, DOCUMENTS))
+
+
 def test_gradients_reach_every_parameter(model):
     _, params, built = model
 
@@ -127,6 +133,14 @@ def test_arrays_without_elements_stay_outside_of_a_shard_map():
     assert [argument.aval.shape for argument in mapped.invars] == [(4,)]
     y = jax.jit(double_all, in_shardings=NamedSharding(mesh, P("data")))(rows)
     np.testing.assert_array_equal(y, 2 * rows["x"])
+
+
+@pytest.mark.multidevice
+def test_rows_that_the_devices_cannot_share_are_not_divided():
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        y = on_own_rows(lambda own, _: 2 * own["x"], {"x": jnp.arange(3.0)}, None)
+    np.testing.assert_array_equal(y, [0, 2, 4])
 
 
 def test_state_is_kept_in_shape(model):

@@ -128,6 +128,25 @@ def test_finished_run_says_so_and_does_nothing(small_config, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_an_evaluation_that_was_killed_is_made_up_for(small_config, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def die(self):
+        raise Killed
+
+    config = small_config({"train.stop_at": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_evaluate", die)
+        with pytest.raises(Killed):
+            train(config, tmp_path)
+    assert steps_saved(tmp_path)[-1] == 2
+    result = train(config, tmp_path)
+    (record,) = (r for r in read_metrics(tmp_path / "metrics.jsonl") if "validation_loss" in r)
+    assert record["step"] == result.step == 2
+    assert record["validation_loss"] == pytest.approx(result.evaluation.loss)
+
+
 def test_records_of_steps_after_the_checkpoint_are_dropped_on_resume(small_config, tmp_path):
     train(small_config({"train.stop_at": 2}), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
