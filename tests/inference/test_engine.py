@@ -176,6 +176,14 @@ def test_a_request_is_what_it_was_when_it_came(hybrid):
     same(done[number], done[again])
 
 
+def test_with_64_bit_integers(x64):
+    model, params, engine = build("hybrid", slots=1)
+    number = engine.submit(Request([1, 2, 3], max_new_tokens=4, temperature=0))
+    assert (
+        engine.run()[number].tokens == generate(model, params, [[1, 2, 3]], max_new_tokens=4, temperature=0)[0].tolist()
+    )
+
+
 def test_requests_may_come_while_others_run(hybrid):
     *_, engine = hybrid
     for request in requests():
