@@ -45,8 +45,6 @@ def load(
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype!r}; expected None or one of {', '.join(_DTYPES)}.")
-    if dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError("dtype = 'float64': JAX has no 64-bit numbers unless JAX_ENABLE_X64=1 is set.")
     path = find_checkpoint(path)
     overrides = {} if a_activation is None else {"model.a_activation": a_activation}
     if mamba_ssm.is_released_checkpoint(path):
@@ -56,6 +54,8 @@ def load(
         checkpoint = load_checkpoint(path, step, ema=ema, overrides=overrides)
         config, params = checkpoint.config, checkpoint.params
     dtype = dtype or config.model.param_dtype
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("dtype = 'float64': JAX has 64-bit numbers if JAX_ENABLE_X64=1 is set.")
     state_dtype = str(jnp.promote_types(dtype, jnp.float32))
     model = dataclasses.replace(config.model, dtype=dtype, param_dtype=dtype, state_dtype=state_dtype)
     return LanguageModel(model), _on_device(params, dtype)

@@ -27,6 +27,7 @@ from experiments.latency.step import TOLERANCE, layers_of, microseconds, relativ
 from m3jax.circumstances import circumstances
 from m3jax.kernels.cached_attention import triton_step, xla
 from m3jax.kernels.cached_attention.triton_step import Tiling
+from m3jax.kernels.gpu import no_triton_here
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 64  # configs/1b_transformer.py
 ROUNDS, CALLS = 20, 5
@@ -178,6 +179,8 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, for the record")
     parser.add_argument("--tiling", nargs=4, type=int, action="append", default=[])
     options = parser.parse_args()
+    if reason := no_triton_here():
+        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
     report = circumstances(options.commit) | {"step": {}}
     began = time.perf_counter()
     for shape in SHAPES:

@@ -34,6 +34,7 @@ from experiments.latency.step import TOLERANCE, layers_of, microseconds, relativ
 from m3jax.circumstances import circumstances
 from m3jax.kernels.few_rows import Sums, triton_product, triton_rows, xla
 from m3jax.kernels.few_rows.form import Form
+from m3jax.kernels.gpu import no_triton_here
 from m3jax.kernels.rms_norm import rms_norm
 from m3jax.kernels.triton_launch import launch
 from m3jax.models import linear
@@ -278,6 +279,8 @@ def main() -> None:
     parser.add_argument("--tiling", nargs="+", type=int, action="append", default=[])
     parser.add_argument("--models", nargs="*", default=["siso", "mimo"], choices=list(engine.MODELS))
     options = parser.parse_args()
+    if reason := no_triton_here():
+        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
     report = circumstances(options.commit) | {"rows": options.rows, "whole": {}}
 
     def save(rows: dict[str, dict]) -> None:

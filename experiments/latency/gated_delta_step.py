@@ -21,6 +21,7 @@ from m3jax.circumstances import circumstances
 from m3jax.kernels import gated_delta_step
 from m3jax.kernels.gated_delta import triton_step
 from m3jax.kernels.gated_delta.inputs import Sequence
+from m3jax.kernels.gpu import no_triton_here
 
 HEADS, KEYS, VALUES = 16, 128, 256  # configs/1b_gdn.py
 UNIT_EPS = 1e-6
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--state-dtypes", nargs="*", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--tiling", nargs=3, type=int, action="append", default=[])
     options = parser.parse_args()
+    if reason := no_triton_here():
+        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
     steps = {"triton": step_of("triton"), "xla": step_of("xla")}
     for tiling in options.tiling:
         own = triton_step.Tiling(*tiling)

@@ -273,6 +273,8 @@ def read_meta(directory: Path) -> ShardsMeta:
             raise DataError(
                 f"{path}: shards lists {shard!r}, expected an object with the name of a file of this folder."
             )
+        if type(shard.get("tokens", 0)) is not int:
+            raise DataError(f"{path}: shards lists {shard!r}, expected tokens to be their number.")
     return meta
 
 

@@ -71,7 +71,7 @@ def _format(path: str) -> str:
 
 def _read_txt(path: str, text_field: str) -> Iterator[Piece]:
     """Yields the text of a file, cut at ends of lines into pieces of about _PIECE_BYTES."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     rest, begins, position = "", True, 0
     with open_binary(path) as file:
         while True:
@@ -104,7 +104,7 @@ def _read_jsonl(path: str, text_field: str) -> Iterator[Piece]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected a JSON object, found a {type(row).__name__}.")

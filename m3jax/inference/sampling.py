@@ -48,7 +48,12 @@ class SamplingParams(NamedTuple):
             _per_row("top_p", top_p, batch, np.float32, lambda v: (v > 0) & (v <= 1), "in (0, 1] (1 keeps all)"),
             _per_row("min_p", min_p, batch, np.float32, lambda v: (v >= 0) & (v <= 1), "in [0, 1] (0 keeps all)"),
             _per_row(
-                "repetition_penalty", repetition_penalty, batch, np.float32, lambda v: v > 0, "over 0 (1 is none)"
+                "repetition_penalty",
+                repetition_penalty,
+                batch,
+                np.float32,
+                lambda v: (v > 1e-30) & (v < 1e30),
+                "over 0 (1 is none), from 1e-30 to 1e30",
             ),
         )
 

@@ -65,11 +65,11 @@ def _open(path: Path) -> StoredTensors:
 def _read_config(path: Path, tensors: StoredTensors, overrides: dict[str, Any], defaults: dict[str, Any]) -> Config:
     """Reads config.json and checks that the tensors are those of its model; `defaults` are for what it does not say."""
     try:
-        released = json.loads((path / _CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"Cannot read {path / _CONFIG}: {error}") from error
+        said = from_released(json.loads((path / _CONFIG).read_text()))
+    except (OSError, AttributeError, TypeError, ValueError, RecursionError) as error:  # values of other kinds
+        raise CheckpointError(f"Cannot read {path / _CONFIG}: {type(error).__name__}: {error}") from error
     dtypes = dict.fromkeys(("dtype", "param_dtype"), tensors.dtype)
-    config = build_config(override({"model": defaults | from_released(released) | dtypes}, overrides))
+    config = build_config(override({"model": defaults | said | dtypes}, overrides))
     found = tensors.shapes
     if config.model.tie_embeddings:  # PyTorch may save the head too: it is the embedding again
         found = {name: shape for name, shape in found.items() if name != HEAD}

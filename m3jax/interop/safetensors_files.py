@@ -88,7 +88,9 @@ class StoredTensors(Mapping[str, np.ndarray]):
     @property
     def dtype(self) -> str:
         """The narrowest of float32, bfloat16 and float64 that holds every number exactly."""
-        widest = str(jnp.result_type(*self._dtypes)) if self._dtypes else "float32"
+        # JAX would take float64 for float32 unless it is told to have 64-bit numbers.
+        narrow = self._dtypes - {"float64"}
+        widest = "float64" if narrow != self._dtypes else str(jnp.result_type(*narrow)) if narrow else "float32"
         return "float32" if widest == "float16" else widest
 
     def _add(self, name_of_file: str, index: dict[str, str] | None) -> None:
@@ -117,9 +119,13 @@ class StoredTensors(Mapping[str, np.ndarray]):
 
         path = self._directory / INDEX
         try:
-            return dict(json.loads(path.read_text(), object_pairs_hook=keep_track)["weight_map"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            index = dict(json.loads(path.read_text(), object_pairs_hook=keep_track)["weight_map"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
+        for name, file in index.items():
+            if not isinstance(file, str):
+                raise CheckpointError(f"{path} says that {name} is in {file!r}: expected the name of a file.")
+        return index
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], shard_bytes: int = SHARD_BYTES) -> None:

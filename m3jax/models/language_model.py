@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
+from m3jax.errors import ConfigError
 from m3jax.kernels import SCAN_RESIDUALS, Sums
 from m3jax.kernels.products import enough_rows, operand_dtype
 from m3jax.models.block import Block, Period
@@ -45,6 +46,10 @@ class LanguageModel(nn.Module):
     def setup(self):
         """Builds the submodules."""
         m = self.config
+        if "float64" in (m.dtype, m.param_dtype) and not jax.config.jax_enable_x64:
+            raise ConfigError(
+                "config.model.dtype = 'float64': JAX has no 64-bit numbers unless JAX_ENABLE_X64=1 is set."
+            )
         table = nn.initializers.normal(0.02), (m.padded_vocab_size, m.d_model), m.param_dtype
         self.embedding = self.param("embedding", *table)
         tied = m.tie_embeddings and not self.has_variable("params", "head")  # there is one of separate_layers

@@ -300,9 +300,9 @@ class _Trainer:
         return begin(params)
 
     def _check_resumable(self, stored: Config) -> dict[str, tuple[Any, Any]]:
-        self.checkpointer.check_shapes(self.start, self.abstract_state.params)
         changed = changed_keys(stored, self.config)
         check_resumable(changed, self.checkpointer.root / str(self.start))
+        self.checkpointer.check_shapes(self.start, self.abstract_state.params)
         return changed
 
     def _open_tokenizer(self, saved: Run | None) -> Tokenizer:
