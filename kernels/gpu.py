@@ -50,7 +50,8 @@ def one_device(arrays: Any = None) -> AbstractContextManager:
       arrays: a tree of arrays that the program takes. If one of them is spread over several devices, or a mesh is set
         already, nothing is said.
     """
-    spread = any(len(v.devices()) > 1 for v in jax.tree.leaves(arrays) if isinstance(v, jax.Array))
-    if spread or not jax.sharding.get_abstract_mesh().empty:
+    if jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    if any(len(v.devices()) > 1 for v in jax.tree.leaves(arrays) if isinstance(v, jax.Array)):
         return nullcontext()
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), (AxisType.Auto,)))
