@@ -170,6 +170,6 @@ def _per_row(name: str, value: ArrayLike, batch: int, dtype: type, is_valid: obj
 
 
 def check_seed(seed: int) -> None:
-    """Raises ConfigError unless it is one of a key."""
+    """Raises ConfigError unless a random key can be made of it."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed = {seed!r}: expected an integer in [0, 2^32).")

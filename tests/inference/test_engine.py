@@ -153,14 +153,11 @@ def test_what_was_done_before_an_error_comes_with_the_next_call(hybrid):
     def fail(token, logprob):
         raise ZeroDivisionError
 
-    short, long = (
-        dataclasses.replace(requests()[2], max_new_tokens=1),
-        dataclasses.replace(requests()[2], on_token=fail),
-    )
+    short = dataclasses.replace(requests()[2], max_new_tokens=1)
     one = engine.submit(short)
     for _ in range(3):  # so that the failing one has to wait for a slot
         last = engine.submit(dataclasses.replace(short, max_new_tokens=9))
-    failing = engine.submit(long)
+    failing = engine.submit(dataclasses.replace(short, on_token=fail))
     with pytest.raises(ZeroDivisionError):
         engine.run()
     assert engine.run().keys() >= {one, last, failing}
