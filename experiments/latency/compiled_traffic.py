@@ -135,6 +135,7 @@ def pretend_gpu() -> None:
     """Lets everything that asks for the device believe in an H100."""
     from jax_triton import triton_lib  # noqa: PLC0415
 
+    from m3jax.kernels import gpu  # noqa: PLC0415
     from m3jax.kernels.few_rows import api as few_rows_api  # noqa: PLC0415
     from m3jax.kernels.gated_delta import api as gated_delta_api  # noqa: PLC0415
     from m3jax.kernels.mamba3 import api as mamba3_api  # noqa: PLC0415
@@ -142,7 +143,8 @@ def pretend_gpu() -> None:
     from m3jax.kernels.mamba3.triton import plans  # noqa: PLC0415
 
     triton_lib.triton_kernel_call_lib.get_compute_capability = lambda device: 90
-    plans.compute_capability = lambda: 90
+    for module in (gpu, plans):
+        module.compute_capability = lambda: 90
     mosaic_scan._unsupported_here = lambda: None
     for api in (mamba3_api, gated_delta_api, few_rows_api):
         api.no_triton_here = lambda: None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m3jax.kernels import Mamba3State, mamba3_projected_step, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, gpu, mamba3_projected_step, mamba3_scan, mamba3_step
 from tests import tolerances
 from tests.gpu.exact import documents_of, in_float64
 from tests.kernels.cases import Case, differentiated, largest_turn, make, make_projected, make_state
@@ -185,6 +185,26 @@ def test_step(case, dtype, ssm_dtype):
         value, expected = (actual[0], y) if name == "y" else (getattr(actual[1], name), getattr(new, name))
         assert tolerances.rms_ratio(value, expected) <= limit, name
     tolerances.assert_phase_close(actual[1].angle, new.angle, tolerances.phase_walk(1) * largest_turn, "angle")
+
+
+@pytest.mark.parametrize(("rank", "ssm_dtype"), [(1, "float32"), (4, "bfloat16")])
+def test_to_call_later_states_into_the_cache_changes_no_bit(rank, ssm_dtype):
+    """As a step of so many rows that programs do, and steps of a few of these rows."""
+    heads_ahead = importlib.import_module("m3jax.kernels.mamba3.triton.step").heads_ahead
+    case = dataclasses.replace(WIDE, b=72, h=64, l=1, r=rank)
+    args, state = _arguments(case, "bfloat16")
+    args = {name: v[:, 0] if name in PER_TOKEN else v for name, v in args.items()}
+    state = state._replace(ssm=state.ssm.astype(ssm_dtype))
+    step = jax.jit(functools.partial(mamba3_step, implementation="triton"))
+    together = step(**args, state=state)
+    for rows in (slice(0, 8), slice(-8, None)):
+        own = {name: v[rows] if name in PER_TOKEN else v for name, v in args.items()}
+        few = jax.tree.map(lambda v, rows=rows: v[rows], state)
+        assert heads_ahead(few.ssm) == 0
+        expected = jax.tree.map(lambda v, rows=rows: v[rows], together)
+        jax.tree.map(np.testing.assert_array_equal, step(**own, state=few), expected)
+    if gpu.compute_capability() >= 90:
+        assert heads_ahead(state.ssm) > 0
 
 
 @pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])

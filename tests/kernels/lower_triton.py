@@ -34,6 +34,7 @@ from m3jax.kernels import (
 from m3jax.kernels.few_rows import triton_rows
 from m3jax.kernels.mamba3.inputs import Sequence
 from m3jax.kernels.mamba3.triton import plans
+from m3jax.kernels.mamba3.triton.step import heads_ahead
 from m3jax.kernels.triton_launch import launch
 from tests.kernels.cases import Case, make, make_projected, make_state, segments
 
@@ -106,6 +107,19 @@ def lower_step(case: Case, dtype: str) -> None:
     if dtype == "bfloat16":
         args = {name: jnp.asarray(v, dtype) for name, v in make_projected(case).items()}
         lower(lambda args, state: mamba3_projected_step(**args, state=state, implementation="triton"), args, state)
+
+
+def lower_step_of_many_states() -> None:
+    """Programs call states into the cache where the device can: another would refuse the instruction."""
+    case = dataclasses.replace(SISO, b=32, h=64, l=1)
+
+    def inputs():
+        tokens = {name: v[:, 0] if name in PER_TOKEN else v for name, v in arguments(case, "float32").items()}
+        return tokens, make_state(case, "float32")
+
+    tokens, state = jax.eval_shape(inputs)
+    assert (heads_ahead(state.ssm) > 0) == (gpu.compute_capability() >= 90)
+    lower(lambda tokens, state: mamba3_step(**tokens, state=state, implementation="triton"), tokens, state)
 
 
 def lower_gated_delta(dtype: str) -> None:
@@ -246,6 +260,7 @@ def main() -> None:
     lower_step(SISO, "float32")
     lower_step(MIMO, "bfloat16")
     lower_gated_delta_step("bfloat16")
+    lower_step_of_many_states()
     if capability == 90:
         lower_step(SISO, "bfloat16")
         lower_step(MIMO, "float32")

@@ -14,11 +14,15 @@ rounded up to powers of two, V the numbers in 16 bytes of H.
 A token comes as its coefficients, or RAW: as the layer's projection, from which each program computes those of its head
 (projection_pieces.py). That spares the launches of kernels which would do little else than start.
 
+The programs that a multiprocessor has at once do not ask for enough to keep memory busy. So each calls the state of a
+later one (AHEAD) into the second-level cache, where there are many.
+
 In a decoding loop the state is carried: every output of the state takes the memory of its input where dtypes allow, or
 XLA would copy all of H once more at every token. A program reads all of its head's old state before it writes any.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,7 +31,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from ... import triton_by_xla
+from ... import gpu, triton_by_xla
 from ...triton_by_xla import wait_and_let_next_start
 from ...triton_launch import batch_too_large, launch
 from .. import reference
@@ -36,6 +40,7 @@ from ..inputs import Sequence, Weights
 from ..state import Mamba3State
 from .projection_pieces import angular_rate, head_coefficients, token_pointers
 from .step_pieces import (
+    call_into_cache,
     cos_sin,
     exp,
     load_wide,
@@ -58,6 +63,9 @@ from .step_pieces import (
 _MAX_RANK = 8  # of what the sum over ranks is written for
 _MAX_HEADDIM, _MAX_D_STATE = 128, 256  # a head's state is in the registers of 16 warps
 _MAX_WARPS = 16
+_AHEAD = 4 * 2**20  # bytes of state between a program and the one whose state it calls into the cache
+_LEAST_AHEAD = 16 * _AHEAD  # bytes of all states: with half as many nothing is gained
+_CALLING_CAPABILITY = 90  # the first that can
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -80,7 +88,7 @@ def step_kernel(
     HAS_B_BIAS: tl.constexpr, HAS_C_BIAS: tl.constexpr, HAS_MIMO_X: tl.constexpr, HAS_MIMO_Z: tl.constexpr,
     HAS_MIMO_O: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_LAM: tl.constexpr, HEAVY_TAIL: tl.constexpr, RAW: tl.constexpr, DOTS: tl.constexpr, FAST: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One head of one batch row."""
     if EARLY:
@@ -90,6 +98,9 @@ def step_kernel(
     head = tl.program_id(0)
     batch = tl.program_id(1)
     row_head = batch * H + head
+    if AHEAD > 0:
+        later = row_head + AHEAD
+        call_into_cache(ssm_ptr + later.to(tl.int64) * (P * N), later < tl.num_programs(1) * H, P * N)
     z_ptr, x_ptr, b_ptr, c_ptr, dt_ptr, a_ptr, lam_ptr, omega_ptr = token_pointers(
         z_ptr, x_ptr, b_ptr, c_ptr, dt_ptr, a_ptr, lam_ptr, omega_ptr, batch, head, H, G, R, P, N, S, OMEGA_HEADS,
         HAS_LAM, RAW,
@@ -229,6 +240,15 @@ def default_tiling(rank: int, headdim: int, d_state: int, ssm_dtype: jnp.dtype) 
     warps = min(max(triton.next_power_of_2(headdim) * triton.next_power_of_2(d_state) // 2048, 1), _MAX_WARPS)
     columns = min(triton.next_power_of_2(d_state), (64 if dots else 128) // itemsize)
     return Tiling(columns, warps, dots)
+
+
+def heads_ahead(ssm: jax.ShapeDtypeStruct) -> int:
+    """By how many programs later is the one whose state a program calls into the cache, of states [b, h, p, n]."""
+    head_bytes = math.prod(ssm.shape[2:]) * ssm.dtype.itemsize
+    aligned = head_bytes % 16 == 0  # as the instruction wants it
+    if gpu.compute_capability() < _CALLING_CAPABILITY or not aligned or ssm.size * ssm.dtype.itemsize < _LEAST_AHEAD:
+        return 0
+    return _AHEAD // head_bytes
 
 
 def unsupported(token: Sequence, state: Mamba3State) -> str | None:
@@ -389,6 +409,7 @@ def _call(
             "HEAVY_TAIL": rule.a_activation == "heavy_tail", "RAW": how.rule is not None,
             "DOTS": tiling.dots, "FAST": first.dtype != jnp.float32,
             "EARLY": batch == 1 and triton_by_xla.available(),  # of many rows a kernel with its scalars is faster
+            "AHEAD": heads_ahead(state.ssm),
         },
         aliases,
     )  # fmt: skip

@@ -57,6 +57,25 @@ def exp(v):
 
 
 @triton.jit
+def call_into_cache(ptr, wanted, COUNT: tl.constexpr):
+    """Asks for COUNT numbers to come into the second-level cache, if wanted; nothing waits for them."""
+    SIZE: tl.constexpr = COUNT * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred asks;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 asks, thread, 0;
+        setp.ne.and.s32 asks, $3, 0, asks;
+        @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r,r", [ptr.to(tl.int64), tl.full((), SIZE, tl.int32), wanted.to(tl.int32)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_wide(ptr, at, exists, EXISTS: tl.constexpr, absent: tl.constexpr):
     """In float32; `absent` instead of an array that is not there."""
     v = absent
