@@ -7,7 +7,8 @@ python experiments/state_tracking/sweep.py --config grazzi --tasks parity
 python experiments/state_tracking/sweep.py --config grazzi --tasks modular_arithmetic modular_arithmetic_brackets \\
     --workdir runs/grazzi_arithmetic --config.train.stages=40:100000
 
-Not run yet.
+Parity has been run, but for the Transformer (docs/state_tracking.md): Gated DeltaNet in [-1, 1] is at 97.1 in the
+median, scaled, MIMO at 43.9, SISO at 22.1; 18 minutes of an H200.
 """
 
 from ml_collections import ConfigDict
