@@ -11,8 +11,8 @@ trains on the bundled text, so that it runs anywhere. The paper's data (100B tok
 One device takes a step's 256 sequences in 32 parts of 8, for which 80 GB are too little; set train.grad_accumulation
 to what fits.
 
-Run so far: 11 steps of 8 sequences on one H200, 38.1k tokens/s, 38.6 % MFU, 60 GB, with kernels that kept fewer
-states (docs/performance.md).
+Run so far: 11 steps of 8 sequences on one H200, 43.9k tokens/s, 44.5 % MFU, 71 GB
+(docs/performance.md).
 """
 
 from ml_collections import ConfigDict

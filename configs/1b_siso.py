@@ -10,7 +10,7 @@ trains on the bundled text, so that it runs anywhere. The paper's data (100B tok
 
 One device takes a step's 256 sequences in 32 parts of 8; set train.grad_accumulation to what fits.
 
-Run so far: 15 steps of 8 sequences on one H200, 54.2k tokens/s, 50.5 % MFU, 51 GB (docs/performance.md).
+Run so far: 15 steps of 8 sequences on one H200, 55.9k tokens/s, 52.2 % MFU, 51 GB (docs/performance.md).
 """
 
 from ml_collections import ConfigDict

@@ -44,7 +44,7 @@ PHASE_STEPS = 20_000
 def reference_step(token: Sequence, weights: Weights, state: Mamba3State) -> tuple[jax.Array, Mamba3State]:
     """The step that XLA compiles, with the state kept in its dtype."""
     y, new = reference.step(token, weights, state, EPSILON)
-    return y, new._replace(ssm=new.ssm.astype(state.ssm.dtype))
+    return y, new.stored_in(state.ssm.dtype, state.b.dtype)
 
 
 def kernel_step(token: Sequence, weights: Weights, state: Mamba3State, tiling=None) -> tuple[jax.Array, Mamba3State]:
@@ -56,7 +56,7 @@ IMPLEMENTATIONS = {"xla": reference_step, "triton": kernel_step}
 
 
 def make_inputs(
-    batch: int, rank: int, ssm_dtype, *, heads: int = HEADS, headdim: int = HEADDIM, d_state: int = D_STATE,
+    batch: int, rank: int, state_dtype, *, heads: int = HEADS, headdim: int = HEADDIM, d_state: int = D_STATE,
     angles: int = ANGLES, groups: int = 1, x_dtype=jnp.bfloat16, norm: bool = False, omega_per_head: bool = False,
     seed: int = 0,
 ) -> tuple[Sequence, Weights, Mamba3State]:  # fmt: skip
@@ -86,8 +86,8 @@ def make_inputs(
     )  # fmt: skip
     state = Mamba3State(
         angle=jax.random.uniform(next(keys), (batch, heads, angles), maxval=2 * np.pi),
-        ssm=normal(batch, heads, headdim, d_state, dtype=jnp.float32).astype(ssm_dtype),
-        b=normal(batch, heads, rank, d_state, dtype=jnp.float32),
+        ssm=normal(batch, heads, headdim, d_state, dtype=jnp.float32).astype(state_dtype),
+        b=normal(batch, heads, rank, d_state, dtype=jnp.float32).astype(state_dtype),
         x=normal(batch, heads, headdim),
     )
     return token, weights, state
@@ -111,7 +111,7 @@ def errors_of(step: Callable, token: Sequence, weights: Weights, state: Mamba3St
     errors["angle"] = float(np.abs((turn + np.pi) % (2 * np.pi) - np.pi).max(initial=0))
     # The kernel may read y from the state as it is stored.
     narrowest = "bfloat16" if jnp.bfloat16 in (y.dtype, state.ssm.dtype) else "float32"
-    limits = {"y": TOLERANCE[narrowest], "ssm": TOLERANCE[str(state.ssm.dtype)], "b": TOLERANCE["float32"]}
+    limits = {"y": TOLERANCE[narrowest], "ssm": TOLERANCE[str(state.ssm.dtype)], "b": TOLERANCE[str(state.b.dtype)]}
     limits |= {"x": 0.0, "angle": 2.0**-20}
     wrong = {name: error for name, error in errors.items() if not error <= limits[name]}
     if wrong:
@@ -122,14 +122,14 @@ def errors_of(step: Callable, token: Sequence, weights: Weights, state: Mamba3St
 def check(step: Callable) -> dict[str, dict[str, float]]:
     """Every rank with every dtype, other sizes and options; errors by case."""
     cases = {
-        f"rank {rank} x {x_dtype} state {ssm_dtype}": {"rank": rank, "x_dtype": x_dtype, "ssm_dtype": ssm_dtype}
+        f"rank {rank} x {x_dtype} state {state_dtype}": {"rank": rank, "x_dtype": x_dtype, "state_dtype": state_dtype}
         for rank in (1, 2, 4, 8)
         for x_dtype in ("bfloat16", "float32")
-        for ssm_dtype in ("float32", "bfloat16")
+        for state_dtype in ("float32", "bfloat16")
     }
-    for rank, ssm_dtype in ((1, "float32"), (4, "float32"), (4, "bfloat16")):
-        base = {"rank": rank, "ssm_dtype": ssm_dtype}
-        name = f"rank {rank} state {ssm_dtype}"
+    for rank, state_dtype in ((1, "float32"), (4, "float32"), (4, "bfloat16")):
+        base = {"rank": rank, "state_dtype": state_dtype}
+        name = f"rank {rank} state {state_dtype}"
         cases |= {
             f"{name} norm, groups": base | {"norm": True, "groups": 2, "omega_per_head": True},
             f"{name} no rotation": base | {"angles": 0},
@@ -260,10 +260,10 @@ def main() -> None:
     print(f"{'us (over copy)':30s}{'MB':>7s}" + "".join(f"{name:>20s}" for name in columns) + f"{'copy TB/s':>11s}")
     for rank in (1, 4):
         for batch in options.batches:
-            for ssm_dtype in ("float32", "bfloat16"):
-                inputs = make_inputs(batch, rank, ssm_dtype)
+            for state_dtype in ("float32", "bfloat16"):
+                inputs = make_inputs(batch, rank, state_dtype)
                 for layers in sorted({1, layers_of(step_bytes(*inputs))}):
-                    label = f"rank {rank} B{batch} {ssm_dtype}" + (f" {layers} layers" if layers > 1 else "")
+                    label = f"rank {rank} B{batch} {state_dtype}" + (f" {layers} layers" if layers > 1 else "")
                     row = report["step"][label] = time_row(options.implementations, inputs, layers)
                     cells = [
                         f"{row[v]['us']:12.2f} ({row[v]['ratio']:5.2f})" if v in row else " " * 20 for v in columns

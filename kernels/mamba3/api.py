@@ -151,7 +151,7 @@ def mamba3_step(
     rank is 4 or more, it reads y from the state as it is stored (rounded to bfloat16), not as it was before rounding.
 
     Returns:
-      y [b, h, p] in x's dtype, and the next state. `state.ssm` keeps the dtype it came in.
+      y [b, h, p] in x's dtype, and the next state, whose `ssm` and `b` keep the dtypes they came in.
 
     Raises:
       ValueError: a shape that does not fit (the argument is named), an unknown implementation or one that cannot run
@@ -163,7 +163,7 @@ def mamba3_step(
     check_inputs(token, weights, state, None, has_length=False)
     run = triton_step.step if _step_in_triton(token, state, implementation) else reference.step
     y, new_state = run(token, weights, state, norm_eps)
-    return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
+    return y, new_state.stored_in(state.ssm.dtype, state.b.dtype)
 
 
 def mamba3_projected_step(
@@ -209,7 +209,7 @@ def mamba3_projected_step(
       implementation: as in `mamba3_step`.
 
     Returns:
-      y [b, h, p] in the dtype of `projected`, and the next state. `state.ssm` keeps the dtype it came in.
+      y [b, h, p] in the dtype of `projected`, and the next state, whose `ssm` and `b` keep the dtypes they came in.
 
     Raises:
       ValueError: as `mamba3_step`, and for an unknown activation.
@@ -226,7 +226,7 @@ def mamba3_projected_step(
     if _step_in_triton(token, state, implementation):
         return triton_step.projected_step(projected, own, rule, weights, state, norm_eps)
     y, new_state = reference.step(coefficients(projected, own, state), weights, state, norm_eps)
-    return y, new_state._replace(ssm=new_state.ssm.astype(state.ssm.dtype))
+    return y, new_state.stored_in(state.ssm.dtype, state.b.dtype)
 
 
 def _step_in_triton(token: Sequence, state: Mamba3State, implementation: str | None) -> bool:

@@ -11,8 +11,8 @@ class Mamba3State(NamedTuple):
 
     Attributes:
       angle: phase φ in [0, 2π), [b, h, s], float32 or float64.
-      ssm: H, [b, h, p, n], float32 or float64 (callers may store it narrower).
-      b: the token's B after bias and rotation, [b, h, r, n].
+      ssm: H, [b, h, p, n], float32 or float64 (callers may store it and b narrower).
+      b: the token's B after bias and rotation, [b, h, r, n], like ssm.
       x: the token's x before mimo_x, [b, h, p], in the dtype of the input x.
     """
 
@@ -33,3 +33,7 @@ class Mamba3State(NamedTuple):
             b=jnp.zeros((batch, heads, rank, d_state), acc),
             x=jnp.zeros((batch, heads, headdim), x_dtype),
         )
+
+    def stored_in(self, ssm_dtype: jnp.dtype, b_dtype: jnp.dtype) -> "Mamba3State":
+        """With H and B in these dtypes; a narrow φ would lose the token's turn."""
+        return self._replace(ssm=self.ssm.astype(ssm_dtype), b=self.b.astype(b_dtype))

@@ -85,7 +85,7 @@ class Mamba2Mixer(nn.Module):
         if state is None:
             return result, None
         y, state = result
-        return y, state._replace(ssm=state.ssm.astype(m.state_dtype))
+        return y, state.stored_in(m.state_dtype, m.state_dtype)
 
 
 def initial_state(config: ModelConfig, batch: int, capacity: int) -> Mamba2State:
@@ -94,4 +94,4 @@ def initial_state(config: ModelConfig, batch: int, capacity: int) -> Mamba2State
     scan = Mamba3State.zeros(batch, config.n_heads, config.headdim, config.d_state, 1, 0, config.dtype)
     channels = config.d_inner + 2 * config.ngroups * config.d_state
     conv = short_conv.initial_state(config, batch, channels)
-    return Mamba2State(conv, scan._replace(ssm=scan.ssm.astype(config.state_dtype)))
+    return Mamba2State(conv, scan.stored_in(config.state_dtype, config.state_dtype))

@@ -76,7 +76,7 @@ class Mamba3Mixer(nn.Module):
                 y = result
             else:
                 y, state = result
-                state = state._replace(ssm=state.ssm.astype(m.state_dtype))
+                state = state.stored_in(m.state_dtype, m.state_dtype)
         y = y.reshape(*u.shape[:-1], m.d_inner)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y, residual)
         return out, state
@@ -134,4 +134,4 @@ def initial_state(config: ModelConfig, batch: int, capacity: int) -> Mamba3State
     state = Mamba3State.zeros(
         batch, config.n_heads, config.headdim, config.d_state, config.mimo_rank, config.n_angles, config.dtype
     )
-    return state._replace(ssm=state.ssm.astype(config.state_dtype))
+    return state.stored_in(config.state_dtype, config.state_dtype)

@@ -163,13 +163,13 @@ def _assert_close(case: Case, dtype: str, actual: dict[str, jax.Array], expected
     assert not wrong, f"RMS ratios over {tolerance:.1e}: {wrong}; all: { {k: f'{v:.1e}' for k, v in errors.items()} }"
 
 
-@pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
-def test_step(case, dtype, ssm_dtype):
+def test_step(case, dtype, state_dtype):
     args, state = _arguments(case, dtype)
     args = {name: v[:, 0] if name in PER_TOKEN else v for name, v in args.items()}
-    state = state._replace(ssm=state.ssm.astype(ssm_dtype))
+    state = state.stored_in(state_dtype, state_dtype)
     step = jax.jit(functools.partial(mamba3_step, implementation="triton"))
     actual, again = step(**args, state=state), step(**args, state=state)
     jax.tree.map(np.testing.assert_array_equal, actual, again)
@@ -179,22 +179,22 @@ def test_step(case, dtype, ssm_dtype):
     exact = tolerances.rounding("float32", case.n * case.r) * largest_turn
     # y is rounded once, or read from the state as it is stored.
     narrow = {"float32": exact, "bfloat16": exact + tolerances.narrow_rms("bfloat16", roundings=2)}
-    limits = {"y": narrow["bfloat16" if "bfloat16" in (dtype, ssm_dtype) else "float32"], "ssm": narrow[ssm_dtype]}
-    limits |= {"b": exact, "x": 0.0}
+    limits = {"y": narrow["bfloat16" if "bfloat16" in (dtype, state_dtype) else "float32"], "ssm": narrow[state_dtype]}
+    limits |= {"b": narrow[state_dtype], "x": 0.0}
     for name, limit in limits.items():
         value, expected = (actual[0], y) if name == "y" else (getattr(actual[1], name), getattr(new, name))
         assert tolerances.rms_ratio(value, expected) <= limit, name
     tolerances.assert_phase_close(actual[1].angle, new.angle, tolerances.phase_walk(1) * largest_turn, "angle")
 
 
-@pytest.mark.parametrize(("rank", "ssm_dtype"), [(1, "float32"), (4, "bfloat16")])
-def test_to_call_later_states_into_the_cache_changes_no_bit(rank, ssm_dtype):
+@pytest.mark.parametrize(("rank", "state_dtype"), [(1, "float32"), (4, "bfloat16")])
+def test_to_call_later_states_into_the_cache_changes_no_bit(rank, state_dtype):
     """As a step of so many rows that programs do, and steps of a few of these rows."""
     heads_ahead = importlib.import_module("m3jax.kernels.mamba3.triton.step").heads_ahead
     case = dataclasses.replace(WIDE, b=72, h=64, l=1, r=rank)
     args, state = _arguments(case, "bfloat16")
     args = {name: v[:, 0] if name in PER_TOKEN else v for name, v in args.items()}
-    state = state._replace(ssm=state.ssm.astype(ssm_dtype))
+    state = state.stored_in(state_dtype, state_dtype)
     step = jax.jit(functools.partial(mamba3_step, implementation="triton"))
     together = step(**args, state=state)
     for rows in (slice(0, 8), slice(-8, None)):
@@ -207,17 +207,17 @@ def test_to_call_later_states_into_the_cache_changes_no_bit(rank, ssm_dtype):
         assert heads_ahead(state.ssm) > 0
 
 
-@pytest.mark.parametrize("ssm_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
-def test_projected_step(case, dtype, ssm_dtype):
+def test_projected_step(case, dtype, state_dtype):
     options = {"fixed_lambda": 0.5 if case.bare else None, "a_activation": "softplus" if case.r > 1 else "heavy_tail"}
     args = make_projected(case, "float32", has_lambda=not case.bare)
     turn = largest_turn(args)
     args = {name: jnp.asarray(_rounded(name, v), dtype if name == "projected" else v.dtype) for name, v in args.items()}
     state = make_state(case, "float32")
     state = jax.tree.map(jnp.asarray, state._replace(x=jnp.asarray(_rounded("x", state.x), dtype)))
-    state = state._replace(ssm=state.ssm.astype(ssm_dtype))
+    state = state.stored_in(state_dtype, state_dtype)
     step = jax.jit(functools.partial(mamba3_projected_step, implementation="triton", **options))
     actual, again = step(**args, state=state), step(**args, state=state)
     jax.tree.map(np.testing.assert_array_equal, actual, again)
@@ -227,9 +227,9 @@ def test_projected_step(case, dtype, ssm_dtype):
         )
     exact = tolerances.rounding("float32", case.n * case.r) * turn
     rounded = exact + tolerances.narrow_rms("bfloat16", roundings=3)  # B or C, the result, and its state
-    limits = {"y": rounded if "bfloat16" in (dtype, ssm_dtype) else exact}
-    limits |= {"ssm": rounded if "bfloat16" in (dtype, ssm_dtype) else exact}
-    limits |= {"b": rounded if dtype == "bfloat16" else exact, "x": 0.0}
+    limits = {"y": rounded if "bfloat16" in (dtype, state_dtype) else exact}
+    limits |= {"ssm": rounded if "bfloat16" in (dtype, state_dtype) else exact}
+    limits |= {"b": rounded if "bfloat16" in (dtype, state_dtype) else exact, "x": 0.0}
     for name, limit in limits.items():
         value, expected = (actual[0], y) if name == "y" else (getattr(actual[1], name), getattr(new, name))
         assert tolerances.rms_ratio(value, expected) <= limit, name

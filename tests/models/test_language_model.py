@@ -73,7 +73,7 @@ def test_dtypes(dtype, state_dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     apply = jax.jit(model.apply, static_argnames="method")
     hidden, state = apply({"params": params}, TOKENS, method="prefill")
-    assert hidden.dtype == jnp.dtype(dtype) and state[0].ssm.dtype == jnp.dtype(state_dtype)
+    assert hidden.dtype == jnp.dtype(dtype) and state[0].ssm.dtype == state[0].b.dtype == jnp.dtype(state_dtype)
     zero = model.initial_state(2, 19)
     assert jax.tree.map(lambda v: (v.shape, v.dtype), zero) == jax.tree.map(lambda v: (v.shape, v.dtype), state)
     logits, after = apply({"params": params}, TOKENS[:, 0], state, method="step")

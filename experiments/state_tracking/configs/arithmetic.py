@@ -4,7 +4,7 @@ As mamba3_paper.py but for what is set below: 20,000 steps, width 64, five seeds
 coordinates rotating. Rivals learn with initial steps as released:
 
 python experiments/state_tracking/sweep.py --config arithmetic
-python experiments/state_tracking/sweep.py --config arithmetic --models gdn_negative \\
+python experiments/state_tracking/sweep.py --config arithmetic --config.grid.models=gdn_negative \\
     --config.grid.initial_steps=0.001-0.1 --workdir runs/arithmetic_rivals
 
 2026-11-28, one H200, three minutes each (docs/state_tracking.md): all five seeds of SISO are at 99 % or more, of Gated

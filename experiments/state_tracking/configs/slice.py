@@ -8,7 +8,7 @@ test's, and keep what was best; all end when those of a learning rate have come 
 
 python experiments/state_tracking/sweep.py --config slice
 
-Run so far: mamba3_siso with recipes of its own for each task (docs/state_tracking.md).
+Run so far: mamba3_siso and gdn_negative with recipes of their own for each task (docs/state_tracking.md).
 """
 
 from ml_collections import ConfigDict

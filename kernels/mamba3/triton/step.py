@@ -254,7 +254,8 @@ def heads_ahead(ssm: jax.ShapeDtypeStruct) -> int:
 def unsupported(token: Sequence, state: Mamba3State) -> str | None:
     """Why the kernel cannot take these inputs; None if it can."""
     rank, p, n = token.b.shape[1], token.x.shape[-1], token.b.shape[-1]
-    arrays = {name: getattr(token, name) for name in "xbcz"} | {"state.ssm": state.ssm, "state.x": state.x}
+    arrays = {name: getattr(token, name) for name in "xbcz"}
+    arrays |= {f"state.{name}": getattr(state, name) for name in ("ssm", "b", "x")}
     for name, v in arrays.items():
         if v is not None and v.dtype not in _NARROW:
             return f"{name} has dtype {v.dtype}; the Triton step takes float32, bfloat16 and float16"
@@ -279,8 +280,8 @@ def step(
       tiling: how the kernel is laid out; None = `default_tiling`.
 
     Returns:
-      y [b, h, p] in x's dtype and the next state, whose `ssm` keeps its dtype. The state is updated in place in a loop
-      that carries it and where a jitted caller donates it; elsewhere XLA copies it first.
+      y [b, h, p] in x's dtype and the next state, whose `ssm` and `b` keep their dtypes. The state is updated in place
+      in a loop that carries it and where a jitted caller donates it; elsewhere XLA copies it first.
     """
     token = token._replace(**{name: getattr(token, name).astype(jnp.float32) for name in ("dt", "a", "lam", "omega")})
     return _run(token, (weights, None), state, _How(norm_eps, None), tiling)
@@ -314,7 +315,7 @@ _AllWeights = tuple[Weights, ProjectionWeights | None]
 def _run(
     token: _Token, weights: _AllWeights, state: Mamba3State, how: _How, tiling: Tiling | None
 ) -> tuple[jax.Array, Mamba3State]:
-    state = state._replace(angle=state.angle.astype(jnp.float32), b=state.b.astype(jnp.float32))
+    state = state._replace(angle=state.angle.astype(jnp.float32))
     if tiling is None:
         tiling = default_tiling(state.b.shape[2], *state.ssm.shape[2:], state.ssm.dtype)
     return _step(token, weights, state, how, tiling)
@@ -326,7 +327,7 @@ def _reference_step(
     if how.rule is not None:
         token = from_projection(token, weights[1], how.rule, state, how.norm_eps)
     y, new = reference.step(token, weights[0], state, how.norm_eps)
-    return y, new._replace(ssm=new.ssm.astype(state.ssm.dtype))
+    return y, new.stored_in(state.ssm.dtype, state.b.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -385,7 +386,7 @@ def _call(
         like_x,
         jax.ShapeDtypeStruct((batch, heads, max(s, 1)), jnp.float32),
         jax.ShapeDtypeStruct(state.ssm.shape, state.ssm.dtype),
-        jax.ShapeDtypeStruct(state.b.shape, jnp.float32),
+        jax.ShapeDtypeStruct(state.b.shape, state.b.dtype),
         like_x,
     ]
     carried = len(inputs) - len(state)
