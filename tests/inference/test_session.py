@@ -76,6 +76,21 @@ def test_file_gives_the_same_session(params, session, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.parametrize("capacity", [100, 20])
+def test_file_is_gone_on_from_with_other_room(params, session, tmp_path, capacity):
+    session.generate(max_new_tokens=3, seed=2)
+    session.save(tmp_path / "s")
+    restored = Session.load(tmp_path / "s", MODEL, params, capacity=capacity)
+    more = {"max_new_tokens": 20 - session.length, "seed": 5, **OPTIONS}
+    assert restored.generate(**more) == session.generate(**more)
+    with pytest.raises(ConfigError, match=f"after 20 need .*: expected at most capacity = {capacity}; .*--capacity"):
+        restored.generate(max_new_tokens=capacity - 19)
+    restored.save(tmp_path / "s")
+    with pytest.raises(ConfigError, match="capacity = 19: expected room for the 20 tokens"):
+        Session.load(tmp_path / "s", MODEL, params, capacity=19)
+    assert Session.load(tmp_path / "s", MODEL, params)._capacity == capacity
+
+
 def test_weights_are_the_same_as_stored_and_wider(tmp_path):
     """A file knows its weights by their bits as they are stored."""
     model = LanguageModel(dataclasses.replace(CONFIG, param_dtype="bfloat16", dtype="bfloat16"))
@@ -133,12 +148,13 @@ def test_damaged_files_are_refused(session, params, tmp_path):
     for change, message in [
         ({name: tensors[name][:, :1]}, r"state/0/ssm is bfloat16 \(1, 1, 8, 8\): expected bfloat16 \(1, 4, 8, 8\)"),
         ({name: tensors[name].astype(np.float32)}, "state/0/ssm is float32"),
+        ({"state/1/keys": tensors["state/1/keys"][:, :, 1:]}, r"state/1/keys is .* \(1, 2, 39, 8\): expected"),
         ({"state/7/ssm": tensors[name]}, "state/7/ssm is in the file or in the model alone"),
     ]:
         path.write_bytes(safetensors.numpy.save(tensors | change, about))
         with pytest.raises(CheckpointError, match=message):
             Session.load(path, MODEL, params)
-    for part, value in (("length", "x"), ("model", '"x"'), ("model", "no JSON")):
+    for part, value in (("length", "x"), ("capacity", '"x"'), ("model", '"x"'), ("model", "no JSON")):
         path.write_bytes(safetensors.numpy.save(tensors, about | {part: value}))
         with pytest.raises(CheckpointError, match="is damaged"):
             Session.load(path, MODEL, params)
