@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 from flax import linen as nn
 
+from m3jax.config import INITIALISATION_KEYS, ModelConfig, from_values
 from m3jax.data.atomic import whole_file
 from m3jax.errors import CheckpointError, ConfigError
 from m3jax.inference.decode import check_max_new_tokens, needs_room, pad_stop_tokens
@@ -27,8 +29,10 @@ from m3jax.kernels import one_device
 _LONGEST_PIECE = 512  # tokens that are read at one time; shorter pieces are powers of two
 _MOST = 256
 _FORMAT = "m3jax session 2"
-# Keys of the model that decide how it is computed, not what a state says.
-_WITHOUT_INFLUENCE = ("param_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers")
+# Keys of the model that decide how it began or how it is computed, not what a state says.
+_WITHOUT_INFLUENCE = (
+    *INITIALISATION_KEYS, "param_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers"
+)  # fmt: skip
 
 
 class Session:
@@ -137,7 +141,7 @@ class Session:
         tensors = {name: np.asarray(v) for name, v in _named(self._state).items()}
         tensors |= {"seen": np.asarray(self._seen), "unread": np.array(self._unread, np.int32)}
         about = {"format": _FORMAT, "length": str(self.length), "capacity": json.dumps(self._capacity)}
-        about |= {"model": json.dumps(_meaning(self.model)), "weights": self._checksum()}
+        about |= {"model": json.dumps(asdict(self.model.config)), "weights": self._checksum()}
         with whole_file(Path(path), "wb") as file:
             file.write(safetensors.numpy.save(tensors, about))
 
@@ -165,14 +169,15 @@ class Session:
         if about.get("format") != _FORMAT:
             raise CheckpointError(f"{path} says format = {about.get('format')!r}: expected {_FORMAT!r}.")
         try:
-            meaning, stored_capacity = dict(json.loads(about["model"])), json.loads(about["capacity"])
-            session_length, unread = int(about["length"]), tensors["unread"]
+            config = from_values(ModelConfig, json.loads(about["model"]))
+            stored_capacity, session_length = json.loads(about["capacity"]), int(about["length"])
+            unread = tensors["unread"]
             if len(unread):
                 check_prompts([unread], model.config.vocab_size)
             expected = jax.eval_shape(lambda: model.initial_state(1, stored_capacity or 1))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
-        _check_meaning(path, meaning, _meaning(model))
+        _check_meaning(path, config, model.config)
         _check_shapes(path, tensors, _named(expected), model.config.vocab_size)
         capacity = stored_capacity if capacity is None else capacity
         if needs_room(model) and capacity < session_length:
@@ -239,18 +244,22 @@ def _with_room(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.pad(v, [(0, whole - part) for whole, part in zip(shape, v.shape, strict=True)])
 
 
-def _meaning(model: nn.Module) -> dict[str, Any]:
-    """The keys of the config that decide what a state says."""
-    return {key: value for key, value in asdict(model.config).items() if key not in _WITHOUT_INFLUENCE}
+def _meaning(config: ModelConfig) -> dict[str, Any]:
+    """The keys of the config that decide what a state says, with the same value for all ways to write it."""
+    values = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_INFLUENCE}
+    pattern = itertools.islice(itertools.cycle(config.mixer_pattern), config.n_layers)
+    built = {"mixers": tuple(pattern), "d_intermediate": config.d_mlp, "attention_kv_heads": config.n_kv_heads}
+    return values | built
 
 
-def _check_meaning(path: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
-    different = [key for key in own if stored.get(key) != own[key]]
-    if different:
-        key = different[0]
-        raise CheckpointError(
-            f"{path} is a session of another model: {key} = {stored.get(key)!r}, expected {own[key]!r}."
-        )
+def _check_meaning(path: Path, stored: ModelConfig, own: ModelConfig) -> None:
+    meaning = _meaning(stored)
+    for key, value in _meaning(own).items():
+        if meaning[key] != value:
+            raise CheckpointError(
+                f"{path} is a session of another model: {key} = {getattr(stored, key)!r}, expected "
+                f"{getattr(own, key)!r}."
+            )
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

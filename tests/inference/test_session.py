@@ -124,6 +124,8 @@ def test_stop_tokens_and_on_token_end_a_turn_and_errors_change_nothing(session):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(mixers="attention, mamba3"), "mixers = 'mamba3, attention', expected 'attention, mamba3'"),
+        (dict(attention_kv_heads=None), "attention_kv_heads = 2, expected None"),
         (dict(d_state=16), "a session of another model: d_state = 8, expected 16"),
         (dict(state_dtype="float32"), "a session of another model: state_dtype = 'bfloat16', expected 'float32'"),
     ],
@@ -132,6 +134,25 @@ def test_session_of_another_model_is_refused(session, params, tmp_path, change, 
     session.save(tmp_path / "s")
     with pytest.raises(CheckpointError, match=message):
         Session.load(tmp_path / "s", LanguageModel(dataclasses.replace(CONFIG, **change)), params)
+
+
+def test_keys_that_a_state_does_not_depend_on_may_differ(params, session, tmp_path):
+    session.save(tmp_path / "s")
+    initialisation = dict(dt_min=1e-2, dt_max=1.0, dt_init_floor=0.0, residuals_per_layer=1)
+    computation = dict(chunk_size=8, scan_implementation="xla", remat="none", scan_layers=False)
+    model = LanguageModel(dataclasses.replace(CONFIG, **initialisation, **computation))
+    assert Session.load(tmp_path / "s", model, params).length == session.length
+
+
+def test_a_model_may_be_written_in_another_way(tmp_path):
+    config = dataclasses.replace(CONFIG, mixers="attention", attention_kv_heads=None, d_intermediate=100)
+    model = LanguageModel(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.separate_layers)(params)
+    Session(model, params, capacity=4).save(tmp_path / "s")
+    for mixers in ("attention, attention", "attention,attention"):
+        other = dataclasses.replace(config, mixers=mixers, attention_kv_heads=4, d_intermediate=128)
+        Session.load(tmp_path / "s", LanguageModel(other), params).save(tmp_path / "s")
 
 
 def test_damaged_files_are_refused(session, params, tmp_path):
