@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 from m3jax.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16", "float64")
+# Keys of the model that are read when parameters are initialised, and never after.
+INITIALISATION_KEYS = ("dt_min", "dt_max", "dt_init_floor", "residuals_per_layer")
 MIXERS = ("attention", "gated_deltanet", "mamba2", "mamba3")
 _IMPLEMENTATIONS = ("mosaic", "reference", "triton", "xla")
 

@@ -20,6 +20,8 @@ from m3jax.loading import read_checkpoint
 from m3jax.models.language_model import LanguageModel
 from m3jax.training.checkpoint import Checkpoint
 
+_CAPACITY = 8192  # tokens of a new conversation
+
 
 class _CallableModule(types.ModuleType):
     # `m3jax.generate` names this program and the public function: importing the one must not hide the other.
@@ -73,10 +75,10 @@ def _converse(arguments: argparse.Namespace, overrides: dict[str, Any]) -> None:
     checkpoint = _read_checkpoint(arguments, overrides)
     model, tokenizer = LanguageModel(checkpoint.config.model), checkpoint.tokenizer
     if path is not None and Path(path).exists():
-        session = Session.load(path, model, checkpoint.params)
+        session = Session.load(path, model, checkpoint.params, capacity=arguments.capacity)
         print(f"The conversation in {path} goes on after {session.length} tokens.")
     else:
-        session = Session(model, checkpoint.params, capacity=arguments.capacity)
+        session = Session(model, checkpoint.params, capacity=arguments.capacity or _CAPACITY)
     print(what_ends_a_turn(tokenizer, arguments.max_new_tokens, arguments.stop))
     converse(
         session,
@@ -126,7 +128,8 @@ def _parser() -> Parser:
     add("--no-stream", action="store_true", help="print the text when it is complete, not as it is generated")
     add("--interactive", action="store_true", help="continue line after line from the keyboard; the state is kept")
     add("--session", metavar="FILE", help="of --interactive: goes on from this file if it is there; saved every turn")
-    add("--capacity", type=_at_least_1, default=8192, help="of --interactive: tokens in all, for models with attention")
+    capacity = f"of --interactive: tokens in all, where the model has attention; the file's own or {_CAPACITY}"
+    add("--capacity", type=_at_least_1, metavar="N", help=capacity)
     return parser
 
 

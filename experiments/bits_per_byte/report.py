@@ -7,7 +7,11 @@ The files are what `python -m m3jax.evaluate --json` and `baselines.py --json` w
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from m3jax.cli import run_main
+from m3jax.errors import DataError
 
 _NAMES = {
     "xz_alone": "xz -9e, the held-out part alone",
@@ -20,10 +24,10 @@ def table(evaluation: dict, baselines: dict) -> str:
     """Returns the lines, best first.
 
     Raises:
-      ValueError: the two were not measured on the same text.
+      DataError: the two were not measured on the same text.
     """
     if evaluation["bytes"] != baselines["held_out_bytes"]:
-        raise ValueError(
+        raise DataError(
             f"The model was measured on {evaluation['bytes']:,} bytes, the baselines on "
             f"{baselines['held_out_bytes']:,}: evaluate all held-out data of the same source."
         )
@@ -33,14 +37,28 @@ def table(evaluation: dict, baselines: dict) -> str:
     return "\n".join(f"  {name:<36}{value:.4f}" for name, value in ranked)
 
 
-def main() -> None:
+def read(path: Path, keys: Sequence[str], program: str) -> dict:
+    """Reads what a program wrote.
+
+    Raises:
+      DataError: the file lacks one of the keys.
+    """
+    try:
+        values = json.loads(path.read_text())
+        return {key: values[key] for key in keys}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: expected what {program} --json wrote.") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads both files and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--baselines", type=Path, required=True)
-    options = parser.parse_args()
-    print(table(json.loads(options.evaluation.read_text()), json.loads(options.baselines.read_text())))
+    options = parser.parse_args(argv)
+    evaluation = read(options.evaluation, ("bytes", "step", "bits_per_byte"), "python -m m3jax.evaluate")
+    print(table(evaluation, read(options.baselines, ("held_out_bytes", *_NAMES), "baselines.py")))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

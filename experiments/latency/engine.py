@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures or merges; prints the table, writes JSON and plots."""
     options = parse(argv)
     if options.merge:
-        report = engine_report.merge([json.loads(path.read_text()) for path in options.merge])
+        report = engine_report.merge([engine_report.read(path) for path in options.merge])
         options.json.write_text(json.dumps(report, indent=1) + "\n")
         print(engine_report.table(report))
     else:

@@ -1,5 +1,6 @@
 """The table, the plots and the merging of what engine.py measured; a report is the content of one of its JSON files."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ HEAD = (
     ("model", 11), ("state", 8), ("batch", 5), ("n", 5), ("prefill s (× floor)", 19), ("step ms (× floor)", 17),
     ("both s", 10), ("paper: prefill s", 16), ("both s", 7),
 )  # fmt: skip
+
+
+def read(path: Path) -> Report:
+    """A report as it was written.
+
+    Raises:
+      ConfigError: the file holds something else.
+    """
+    try:
+        report = json.loads(path.read_text())
+        report["date"], report["rows"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"--merge {path}: expected a report that engine.py wrote.") from error
+    return report
 
 
 def line(cells: Sequence[str]) -> str:

@@ -37,6 +37,7 @@ from experiments.latency.scan import (
     time_repeats,
 )
 from m3jax.kernels import mamba3_scan
+from m3jax.kernels.gpu import no_triton_here
 from m3jax.kernels.mamba3.inputs import Sequence
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton.op import Plan
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
+    if reason := no_triton_here():
+        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
     table = json.loads(plans.TABLE.read_text())
     own = table.setdefault(jax.local_devices()[0].device_kind, {})
     began = time.perf_counter()

@@ -34,7 +34,7 @@ class TextFiles:
           text_field: the field of .jsonl and .parquet rows that holds the text.
 
         Raises:
-          DataError: nothing matches, or a file of a format that is not read.
+          DataError: nothing matches, a file of a format that is not read, or a compressed one without a byte.
         """
         self.name = pattern
         self._text_field = text_field
@@ -49,6 +49,9 @@ class TextFiles:
                     f"{path}: not a format that is read. Expected {', '.join(_READERS)}, "
                     f"each also with {', '.join(COMPRESSED_SUFFIXES)}."
                 )
+            # The readers of .gz and .zst would take it for an archive of an empty text, which has some bytes.
+            if path.endswith(COMPRESSED_SUFFIXES) and not os.path.getsize(path):
+                raise DataError(f"{path} has no bytes, as after a download that failed: get it again or remove it.")
 
     def identity(self) -> Any:
         """Returns path, size and time of change of every file."""

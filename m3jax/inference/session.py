@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 from flax import linen as nn
 
+from m3jax.config import INITIALISATION_KEYS, ModelConfig, from_values
 from m3jax.data.atomic import whole_file
 from m3jax.errors import CheckpointError, ConfigError
 from m3jax.inference.decode import check_max_new_tokens, needs_room, pad_stop_tokens
@@ -27,8 +29,10 @@ from m3jax.kernels import one_device
 _LONGEST_PIECE = 512  # tokens that are read at one time; shorter pieces are powers of two
 _MOST = 256
 _FORMAT = "m3jax session 2"
-# Keys of the model that decide how it is computed, not what a state says.
-_WITHOUT_INFLUENCE = ("param_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers")
+# Keys of the model that decide how it began or how it is computed, not what a state says.
+_WITHOUT_INFLUENCE = (
+    *INITIALISATION_KEYS, "param_dtype", "chunk_size", "scan_implementation", "remat", "scan_layers"
+)  # fmt: skip
 
 
 class Session:
@@ -137,16 +141,23 @@ class Session:
         tensors = {name: np.asarray(v) for name, v in _named(self._state).items()}
         tensors |= {"seen": np.asarray(self._seen), "unread": np.array(self._unread, np.int32)}
         about = {"format": _FORMAT, "length": str(self.length), "capacity": json.dumps(self._capacity)}
-        about |= {"model": json.dumps(_meaning(self.model)), "weights": self._checksum()}
+        about |= {"model": json.dumps(asdict(self.model.config)), "weights": self._checksum()}
         with whole_file(Path(path), "wb") as file:
             file.write(safetensors.numpy.save(tensors, about))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, params: Any) -> "Session":
+    def load(cls, path: str | Path, model: nn.Module, params: Any, *, capacity: int | None = None) -> "Session":
         """Reads a session back.
+
+        Args:
+          path: what `save` wrote.
+          model: the one that it is a session of.
+          params: its parameters, as in `Session`.
+          capacity: tokens that there is room for from now on, where the model has attention; None = as many as before.
 
         Raises:
           CheckpointError: no such file, one that is no session, or one of another model or other weights.
+          ConfigError: a capacity that is too small for the tokens so far.
         """
         path = Path(path)
         try:
@@ -158,21 +169,26 @@ class Session:
         if about.get("format") != _FORMAT:
             raise CheckpointError(f"{path} says format = {about.get('format')!r}: expected {_FORMAT!r}.")
         try:
-            meaning, capacity = dict(json.loads(about["model"])), json.loads(about["capacity"])
-            session_length, unread = int(about["length"]), tensors["unread"]
+            config = from_values(ModelConfig, json.loads(about["model"]))
+            stored_capacity, session_length = json.loads(about["capacity"]), int(about["length"])
+            unread = tensors["unread"]
             if len(unread):
                 check_prompts([unread], model.config.vocab_size)
+            expected = jax.eval_shape(lambda: model.initial_state(1, stored_capacity or 1))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
-        _check_meaning(path, meaning, _meaning(model))
+        _check_meaning(path, config, model.config)
+        _check_shapes(path, tensors, _named(expected), model.config.vocab_size)
+        capacity = stored_capacity if capacity is None else capacity
+        if needs_room(model) and capacity < session_length:
+            raise ConfigError(f"capacity = {capacity}: expected room for the {session_length} tokens that {path} has.")
         session = cls(model, params, capacity=capacity)
-        session._check_shapes(path, tensors)
         if about.get("weights") != session._checksum():
             raise CheckpointError(f"{path} is a session of other weights: expected those of the model given.")
         leaves, structure = jax.tree.flatten(session._state)
         names = list(_named(session._state))
         session._state = structure.unflatten(
-            jnp.asarray(tensors[name], leaf.dtype) for name, leaf in zip(names, leaves, strict=True)
+            jnp.asarray(_with_room(tensors[name], leaf.shape)) for name, leaf in zip(names, leaves, strict=True)
         )
         session._seen, session._unread = jnp.asarray(tensors["seen"]), unread.tolist()
         session.length = session_length
@@ -191,23 +207,13 @@ class Session:
         if self._capacity is not None and self.length + more > self._capacity:
             raise ConfigError(
                 f"{more} tokens after {self.length} need room for {self.length + more}: expected at most capacity = "
-                f"{self._capacity}."
+                f"{self._capacity}; `Session.load` gives a saved session more (--capacity)."
             )
 
     def _checksum(self) -> str:
         """Of the weights' bits as stored: decoding has some of them wider."""
         sums = jax.device_get(_bit_sums(self._params, self.model.config.param_dtype))
         return hashlib.sha256(repr(jax.tree.map(int, sums)).encode()).hexdigest()
-
-    def _check_shapes(self, path: Path, tensors: dict[str, np.ndarray]) -> None:
-        expected = _named(self._state) | {"seen": self._seen}
-        if missing := sorted(expected.keys() ^ (tensors.keys() - {"unread"})):
-            raise CheckpointError(f"{path}: {missing[0]} is in the file or in the model alone.")
-        for name, v in expected.items():
-            if tensors[name].shape != v.shape or tensors[name].dtype != v.dtype:
-                raise CheckpointError(
-                    f"{path}: {name} is {tensors[name].dtype} {tensors[name].shape}: expected {v.dtype} {v.shape}."
-                )
 
 
 def _named(state: Any) -> dict[str, jax.Array]:
@@ -219,18 +225,41 @@ def _named(state: Any) -> dict[str, jax.Array]:
     return {"/".join(names): v for names, v in parts}
 
 
-def _meaning(model: nn.Module) -> dict[str, Any]:
-    """The keys of the config that decide what a state says."""
-    return {key: value for key, value in asdict(model.config).items() if key not in _WITHOUT_INFLUENCE}
+def _check_shapes(
+    path: Path, tensors: dict[str, np.ndarray], state: dict[str, jax.ShapeDtypeStruct], vocab_size: int
+) -> None:
+    expected = state | {"seen": jax.ShapeDtypeStruct((1, vocab_size), bool)}
+    if missing := sorted(expected.keys() ^ (tensors.keys() - {"unread"})):
+        raise CheckpointError(f"{path}: {missing[0]} is in the file or in the model alone.")
+    for name, v in expected.items():
+        if tensors[name].shape != v.shape or tensors[name].dtype != v.dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tensors[name].dtype} {tensors[name].shape}: expected {v.dtype} {v.shape}."
+            )
 
 
-def _check_meaning(path: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
-    different = [key for key in own if stored.get(key) != own[key]]
-    if different:
-        key = different[0]
-        raise CheckpointError(
-            f"{path} is a session of another model: {key} = {stored.get(key)!r}, expected {own[key]!r}."
-        )
+def _with_room(v: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array of a state as one of another capacity: without what is beyond it, or with zeros."""
+    v = v[tuple(map(slice, shape))]
+    return np.pad(v, [(0, whole - part) for whole, part in zip(shape, v.shape, strict=True)])
+
+
+def _meaning(config: ModelConfig) -> dict[str, Any]:
+    """The keys of the config that decide what a state says, with the same value for all ways to write it."""
+    values = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_INFLUENCE}
+    pattern = itertools.islice(itertools.cycle(config.mixer_pattern), config.n_layers)
+    built = {"mixers": tuple(pattern), "d_intermediate": config.d_mlp, "attention_kv_heads": config.n_kv_heads}
+    return values | built
+
+
+def _check_meaning(path: Path, stored: ModelConfig, own: ModelConfig) -> None:
+    meaning = _meaning(stored)
+    for key, value in _meaning(own).items():
+        if meaning[key] != value:
+            raise CheckpointError(
+                f"{path} is a session of another model: {key} = {getattr(stored, key)!r}, expected "
+                f"{getattr(own, key)!r}."
+            )
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

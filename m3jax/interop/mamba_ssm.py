@@ -8,7 +8,7 @@ from m3jax.config import Config, ModelConfig, build_config, override
 from m3jax.data.atomic import build_new
 from m3jax.errors import CheckpointError
 from m3jax.interop.released_config import from_released, to_released
-from m3jax.interop.released_tensors import HEAD, differences, parameters, released_shapes, released_tensors
+from m3jax.interop.released_tensors import EMBEDDING, HEAD, differences, parameters, released_shapes, released_tensors
 from m3jax.interop.safetensors_files import SHARD_BYTES, StoredTensors, has_tensors, write_tensors
 
 _CONFIG = "config.json"
@@ -34,8 +34,8 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Config, d
       dtypes, it is the one that holds all of them exactly.
 
     Raises:
-      CheckpointError: a file cannot be read, config.json lacks a field or has one with no counterpart here, or tensors
-        are missing, unexpected or of another shape (all of them are listed).
+      CheckpointError: a file cannot be read, config.json lacks a field or has one with no counterpart here, tensors
+        are missing, unexpected or of another shape (all of them are listed), or a tied head is not the embedding.
       ConfigError: overrides that do not fit.
     """
     tensors = _open(path)
@@ -44,7 +44,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> tuple[Config, d
 
 
 def read_config(path: Path, *, a_activation: str) -> Config:
-    """The config that `load` gives, without reading the tensors.
+    """The config that `load` gives, without reading the tensors but for a tied head that is stored.
 
     Args:
       path: as there.
@@ -71,11 +71,17 @@ def _read_config(path: Path, tensors: StoredTensors, overrides: dict[str, Any], 
     dtypes = dict.fromkeys(("dtype", "param_dtype"), tensors.dtype)
     config = build_config(override({"model": defaults | said | dtypes}, overrides))
     found = tensors.shapes
-    if config.model.tie_embeddings:  # PyTorch may save the head too: it is the embedding again
+    tied_head = config.model.tie_embeddings and HEAD in found  # PyTorch may save the embedding again
+    if tied_head:
         found = {name: shape for name, shape in found.items() if name != HEAD}
     problems = tensors.problems + differences(found, released_shapes(config.model))
     if problems:
         raise CheckpointError(f"The tensors in {path} do not fit its config:\n  " + "\n  ".join(problems))
+    if tied_head and not tensors.equal(HEAD, EMBEDDING):
+        raise CheckpointError(
+            f"{path / _CONFIG} ties the head to the embedding, but {HEAD} and {EMBEDDING} differ: set tie_embeddings "
+            f"to false there if the model has a head of its own, else leave out {HEAD}."
+        )
     return config
 
 

@@ -19,7 +19,7 @@ from m3jax.errors import CheckpointError
 from m3jax.interop.safetensors_files import LazyTensor
 from m3jax.models.mamba3 import projection_widths
 
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 Shape = tuple[int, ...]
 Names = dict[str, Shape]
 
@@ -147,7 +147,7 @@ def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: np.ndarray) -> No
 
 def _outer_tensors(config: ModelConfig) -> dict[str, _Tensor]:
     table = (config.padded_vocab_size, config.d_model)
-    outer = {"backbone.embedding.weight": _same("embedding", *table)}
+    outer = {EMBEDDING: _same("embedding", *table)}
     if not config.tie_embeddings:
         outer[HEAD] = _same("head", *table)
     return outer | {"backbone.norm_f.weight": _same("norm/scale", config.d_model)}

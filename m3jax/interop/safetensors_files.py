@@ -18,6 +18,7 @@ from m3jax.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ROWS = 4096  # of each of two tensors that are compared at one time
 SHARD_BYTES = 5 * 10**9  # what Hugging Face's writers put into one file
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
@@ -75,8 +76,7 @@ class StoredTensors(Mapping[str, np.ndarray]):
                 self.shapes |= dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        # Opened anew each time: a mapping that stays open keeps every page that was read.
-        with safe_open(self._directory / self._files[name], framework="np") as file:
+        with self._open(name) as file:
             return file.get_tensor(name)
 
     def __iter__(self):
@@ -85,6 +85,14 @@ class StoredTensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and numbers; a part of each is read at one time."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        rows = self.shapes[one][0]
+        parts = (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+        return all(np.array_equal(self._rows(one, part), self._rows(other, part), equal_nan=True) for part in parts)
+
     @property
     def dtype(self) -> str:
         """The narrowest of float32, bfloat16 and float64 that holds every number exactly."""
@@ -92,6 +100,14 @@ class StoredTensors(Mapping[str, np.ndarray]):
         narrow = self._dtypes - {"float64"}
         widest = "float64" if narrow != self._dtypes else str(jnp.result_type(*narrow)) if narrow else "float32"
         return "float32" if widest == "float16" else widest
+
+    def _open(self, name: str) -> safe_open:
+        # Anew for each read: a mapping that stays open keeps every page that was read.
+        return safe_open(self._directory / self._files[name], framework="np")
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
+        with self._open(name) as file:
+            return file.get_slice(name)[rows]
 
     def _add(self, name_of_file: str, index: dict[str, str] | None) -> None:
         path = self._directory / name_of_file

@@ -97,6 +97,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     Returns:
       [b, l, h, d].
     """
+    if q.dtype == jnp.float64:  # jax.nn has its softmax in float32
+        position = jnp.broadcast_to(jnp.arange(q.shape[1])[None], q.shape[:2])
+        start = _document_starts(segment_ids, position, jnp.zeros_like(position))
+        return xla.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), position, start)
     if segment_ids is not None and _fused(q, masked=True) and document_attention.can_run():
         return document_attention.attend_documents(q, k, v, segment_ids)
     mask = None
@@ -107,6 +111,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     operands = (t.astype(operand_dtype(t.dtype)) for t in (q, k, v))
     y = jax.nn.dot_product_attention(*operands, mask=mask, is_causal=True, implementation=implementation)
     return y.astype(q.dtype)
+
+
+def _document_starts(segment_ids: jax.Array | None, position: jax.Array, first: jax.Array) -> jax.Array:
+    """Where the document of each token starts, [b, l]; that of the first ones at `first`, [b, l] too."""
+    if segment_ids is None:
+        return first
+    changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(changed, position, first), axis=1)
 
 
 def _fused(q: jax.Array, masked: bool) -> bool:
@@ -134,10 +146,7 @@ def _attend_from(
     n_new = q.shape[1]
     position = state.length[:, None] + jnp.arange(n_new, dtype=jnp.int32)[None]  # [b, l]
     keys, values = xla.put(state.keys, k, position), xla.put(state.values, v, position)
-    start = jnp.broadcast_to(state.start[:, None], position.shape)  # where the document of each new token starts
-    if segment_ids is not None:
-        changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        start = jax.lax.cummax(jnp.where(changed, position, start), axis=1)
+    start = _document_starts(segment_ids, position, jnp.broadcast_to(state.start[:, None], position.shape))
     after = AttentionState(keys, values, state.length + n_new, start[:, -1])
 
     # Prompts mostly come first, and then need nothing of the cache.

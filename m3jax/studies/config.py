@@ -264,10 +264,12 @@ def _check_lengths(study: StudyConfig) -> None:
     for name, _ in study.grid.task_layers:
         for key, of_key in spans.items():
             for span in of_key:
-                task = span.task(name)
-                least = task.shortest - study.grid.shift(name)
+                task, shift = span.task(name), study.grid.shift(name)
+                least = task.shortest - shift
                 require(least <= span.shortest <= span.longest, key, span.label,
                         f"lengths in ascending order, for {task.name} of at least {least}")  # fmt: skip
+                require(not task.even or not any((length + shift) % 2 for length in (span.shortest, span.longest)),
+                        key, span.label, f"{'odd' if shift % 2 else 'even'} lengths for {task.name}")  # fmt: skip
 
 
 def _check_drawn_as(study: StudyConfig) -> None:

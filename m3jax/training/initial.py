@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from m3jax.config import Config, ModelConfig, build_config
+from m3jax.config import INITIALISATION_KEYS, Config, ModelConfig, build_config
 from m3jax.data import Tokenizer, load_tokenizer
 from m3jax.errors import CheckpointError
 from m3jax.interop import mamba_ssm
@@ -21,8 +21,7 @@ from m3jax.training.workdir import FREE_MODEL_KEYS
 
 PyTree = Any
 
-_INITIALISATION_KEYS = ("dt_min", "dt_max", "dt_init_floor", "residuals_per_layer")
-_ANY_VALUE = (*FREE_MODEL_KEYS, *_INITIALISATION_KEYS, "param_dtype")
+_ANY_VALUE = (*FREE_MODEL_KEYS, *INITIALISATION_KEYS, "param_dtype")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.bits_per_byte import baselines
+from experiments.bits_per_byte import baselines, report
 from experiments.bits_per_byte.baselines import NGramModel, read_split, xz_bits_per_byte
 from m3jax.data import load_tokenizer
 from m3jax.data.parts import open_part
-from m3jax.errors import ConfigError
+from m3jax.errors import ConfigError, DataError
 from tests.tolerances import assert_close, rounding
 
 
@@ -102,3 +102,24 @@ def test_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in ("xz_alone", "xz_given_train", "ngram_order_5"):
         assert f"{result[name]:.4f}" in printed
+
+
+def test_report(tmp_path, capsys):
+    files = {
+        "evaluation": {"bytes": 20, "step": 3, "bits_per_byte": 2.5},
+        "baselines": {"held_out_bytes": 20, "xz_alone": 3.0, "xz_given_train": 2.0, "ngram_order_5": 4.0},
+    }
+
+    def run(**changed):
+        for name, values in files.items():
+            (tmp_path / name).write_text(json.dumps(changed.get(name, values)))
+        report.main([f"--{name}={tmp_path / name}" for name in files])
+
+    run()
+    ranked = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert ranked == ["2.0000", "2.5000", "3.0000", "4.0000"]
+    with pytest.raises(DataError, match="measured on 21 bytes, the baselines on 20: evaluate all"):
+        run(evaluation=files["evaluation"] | {"bytes": 21})
+    for other in ([], {}, files["evaluation"]):
+        with pytest.raises(DataError, match=r"baselines: expected what baselines\.py --json wrote"):
+            run(baselines=other)

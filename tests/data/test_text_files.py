@@ -129,6 +129,17 @@ def test_damaged_compressed_files_are_named(tmp_path, kind, suffix, damage):
         _documents(tmp_path / "*")
 
 
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESSORS if suffix])
+def test_compressed_files_without_a_byte_are_named(tmp_path, suffix):
+    """Not when they are reached, which may take hours; archives of nothing are fine."""
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(COMPRESSORS[suffix](b""))
+    assert _documents(path) == []
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"a\.txt{suffix} has no bytes"):
+        TextFiles(str(path), "text")
+
+
 def test_nothing_matches(tmp_path):
     with pytest.raises(DataError, match=r"\*\.txt': no file matches"):
         TextFiles(f"{tmp_path}/*.txt", "text")

@@ -90,6 +90,10 @@ def test_merge(tmp_path, capsys):
     assert [run["commit"] for run in again["runs"]] == ["abc", "abc", "def"]
     with pytest.raises(ConfigError, match="device is D and E"):
         engine_report.merge([old, report_of("2026-04", device="E")])
+    for other in ("no JSON", "[]", "{}"):
+        paths[0].write_text(other)
+        with pytest.raises(ConfigError, match=r"--merge .*new\.json: expected a report that engine\.py wrote"):
+            engine.main(["--json", str(out), "--merge", *map(str, paths)])
 
 
 def test_documented_table_is_the_measured_one():

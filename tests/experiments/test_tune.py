@@ -136,7 +136,7 @@ def test_measure(timed, capsys):
     assert all(reason in printed for reason in ("does not compile", "first plan's results: {'x': nan}", "('off')"))
 
 
-def test_the_table_is_rewritten(timed, monkeypatch, tmp_path):
+def test_the_table_is_rewritten(timed, monkeypatch, tmp_path, capsys):
     table = tmp_path / "plans.json"
     table.write_text('{"other": {"bucket": {"plan": {}, "ms": 1.0}}}')
     monkeypatch.setattr(plans, "TABLE", table)
@@ -144,6 +144,10 @@ def test_the_table_is_rewritten(timed, monkeypatch, tmp_path):
     monkeypatch.setattr(plans, "bucket", lambda seq: f"a shape of {seq.x.shape}")
     monkeypatch.setattr(tune, "ProcessPoolExecutor", AtOnce)
     monkeypatch.setattr("sys.argv", ["tune.py", "--ranks", "1", "--shapes", "B1 L2048"])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "error: the default device is a cpu; the kernels need an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(tune, "no_triton_here", lambda: None)
     tune.main()
     written = json.loads(table.read_text())
     assert written.keys() == {"other", "cpu"} and written["other"] == {"bucket": {"plan": {}, "ms": 1.0}}

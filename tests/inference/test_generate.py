@@ -1,5 +1,6 @@
 """The program: python -m m3jax.generate on a checkpoint of a tiny untrained model."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -43,10 +44,14 @@ def state():
 @pytest.fixture(scope="module")
 def workdir(state, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    checkpointer = Checkpointer(workdir, CONFIG.checkpoint)
-    checkpointer.save(state, CONFIG, ByteTokenizer(), {})
-    checkpointer.wait()
+    write_run(workdir, CONFIG, state)
     return workdir
+
+
+def write_run(workdir, config, state):
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+    checkpointer.save(state, config, ByteTokenizer(), {})
+    checkpointer.wait()
 
 
 @pytest.fixture
@@ -115,6 +120,25 @@ def test_conversation_keeps_its_state(run, state, monkeypatch, tmp_path):
     greeting, rest = second.split("\n", 1)
     assert greeting.startswith(f"The conversation in {tmp_path / 's'} goes on after ")
     assert rest.split("\n", 1)[1] == f"{turns[2]}\n\n"
+
+
+def test_saved_conversation_keeps_its_room_or_is_given_another(monkeypatch, tmp_path, capsys):
+    attention = dict(mixers="attention", attention_heads=2, attention_headdim=16)
+    config = build_config({"model": dataclasses.asdict(CONFIG.model) | attention})
+    write_run(tmp_path, config, jax.jit(lambda: init_state(config, LanguageModel(config.model)))())
+    flags = ["--checkpoint", str(tmp_path), "--interactive", "--max-new-tokens=3", "--session", str(tmp_path / "s")]
+
+    def converse(*more):
+        monkeypatch.setattr(importlib.import_module("m3jax.generate"), "typed_lines", lambda: iter(["One\n"]))
+        main([*flags, *more])
+
+    converse("--capacity=8")
+    with pytest.raises(ConfigError, match="4 tokens after 8 need room for 12: expected at most capacity = 8"):
+        converse()
+    converse("--capacity=15")
+    assert "goes on after 8 tokens" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="capacity = 14: expected room for the 15 tokens"):
+        converse("--capacity=14")
 
 
 def test_evaluation_by_steps_is_that_of_the_sequence(workdir, tmp_path, capsys):

@@ -76,6 +76,21 @@ def test_file_gives_the_same_session(params, session, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.parametrize("capacity", [100, 20])
+def test_file_is_gone_on_from_with_other_room(params, session, tmp_path, capacity):
+    session.generate(max_new_tokens=3, seed=2)
+    session.save(tmp_path / "s")
+    restored = Session.load(tmp_path / "s", MODEL, params, capacity=capacity)
+    more = {"max_new_tokens": 20 - session.length, "seed": 5, **OPTIONS}
+    assert restored.generate(**more) == session.generate(**more)
+    with pytest.raises(ConfigError, match=f"after 20 need .*: expected at most capacity = {capacity}; .*--capacity"):
+        restored.generate(max_new_tokens=capacity - 19)
+    restored.save(tmp_path / "s")
+    with pytest.raises(ConfigError, match="capacity = 19: expected room for the 20 tokens"):
+        Session.load(tmp_path / "s", MODEL, params, capacity=19)
+    assert Session.load(tmp_path / "s", MODEL, params)._capacity == capacity
+
+
 def test_weights_are_the_same_as_stored_and_wider(tmp_path):
     """A file knows its weights by their bits as they are stored."""
     model = LanguageModel(dataclasses.replace(CONFIG, param_dtype="bfloat16", dtype="bfloat16"))
@@ -109,6 +124,8 @@ def test_stop_tokens_and_on_token_end_a_turn_and_errors_change_nothing(session):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(mixers="attention, mamba3"), "mixers = 'mamba3, attention', expected 'attention, mamba3'"),
+        (dict(attention_kv_heads=None), "attention_kv_heads = 2, expected None"),
         (dict(d_state=16), "a session of another model: d_state = 8, expected 16"),
         (dict(state_dtype="float32"), "a session of another model: state_dtype = 'bfloat16', expected 'float32'"),
     ],
@@ -117,6 +134,25 @@ def test_session_of_another_model_is_refused(session, params, tmp_path, change, 
     session.save(tmp_path / "s")
     with pytest.raises(CheckpointError, match=message):
         Session.load(tmp_path / "s", LanguageModel(dataclasses.replace(CONFIG, **change)), params)
+
+
+def test_keys_that_a_state_does_not_depend_on_may_differ(params, session, tmp_path):
+    session.save(tmp_path / "s")
+    initialisation = dict(dt_min=1e-2, dt_max=1.0, dt_init_floor=0.0, residuals_per_layer=1)
+    computation = dict(chunk_size=8, scan_implementation="xla", remat="none", scan_layers=False)
+    model = LanguageModel(dataclasses.replace(CONFIG, **initialisation, **computation))
+    assert Session.load(tmp_path / "s", model, params).length == session.length
+
+
+def test_a_model_may_be_written_in_another_way(tmp_path):
+    config = dataclasses.replace(CONFIG, mixers="attention", attention_kv_heads=None, d_intermediate=100)
+    model = LanguageModel(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.separate_layers)(params)
+    Session(model, params, capacity=4).save(tmp_path / "s")
+    for mixers in ("attention, attention", "attention,attention"):
+        other = dataclasses.replace(config, mixers=mixers, attention_kv_heads=4, d_intermediate=128)
+        Session.load(tmp_path / "s", LanguageModel(other), params).save(tmp_path / "s")
 
 
 def test_damaged_files_are_refused(session, params, tmp_path):
@@ -133,12 +169,13 @@ def test_damaged_files_are_refused(session, params, tmp_path):
     for change, message in [
         ({name: tensors[name][:, :1]}, r"state/0/ssm is bfloat16 \(1, 1, 8, 8\): expected bfloat16 \(1, 4, 8, 8\)"),
         ({name: tensors[name].astype(np.float32)}, "state/0/ssm is float32"),
+        ({"state/1/keys": tensors["state/1/keys"][:, :, 1:]}, r"state/1/keys is .* \(1, 2, 39, 8\): expected"),
         ({"state/7/ssm": tensors[name]}, "state/7/ssm is in the file or in the model alone"),
     ]:
         path.write_bytes(safetensors.numpy.save(tensors | change, about))
         with pytest.raises(CheckpointError, match=message):
             Session.load(path, MODEL, params)
-    for part, value in (("length", "x"), ("model", '"x"'), ("model", "no JSON")):
+    for part, value in (("length", "x"), ("capacity", '"x"'), ("model", '"x"'), ("model", "no JSON")):
         path.write_bytes(safetensors.numpy.save(tensors, about | {part: value}))
         with pytest.raises(CheckpointError, match="is damaged"):
             Session.load(path, MODEL, params)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from m3jax.errors import CheckpointError, ConfigError
-from m3jax.interop import mamba_ssm
+from m3jax.interop import mamba_ssm, safetensors_files
 from m3jax.models.language_model import LanguageModel
 from tests.interop.conftest import assert_same
 from tests.tolerances import assert_close, rounding
@@ -182,8 +183,23 @@ def test_untied_head(copy):
     hidden = model.apply({"params": params}, tokens, method="hidden")
     logits = model.apply({"params": params}, tokens)
     assert_close(logits, hidden @ head.T, rounding("float32", config.model.d_model), "logits")
-    _edit_config(copy, tie_embeddings=True)  # a head beside a tied embedding is the embedding again
+
+
+def test_stored_head_of_a_tied_model_is_the_embedding(copy, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_ROWS", 7)
+    tensors = load_file(copy / _WEIGHTS)
+    embedding = tensors["backbone.embedding.weight"]
+    save_file(tensors | {"lm_head.weight": embedding}, copy / _WEIGHTS)
     assert "head" not in mamba_ssm.load(copy)[1]
+    other = embedding.copy()
+    other[-1, -1] += 1
+    for head in (other, embedding[:-1], embedding.astype(np.float16)):
+        save_file(tensors | {"lm_head.weight": np.ascontiguousarray(head)}, copy / _WEIGHTS)
+        for read in (mamba_ssm.load, partial(mamba_ssm.read_config, a_activation="heavy_tail")):
+            with pytest.raises(CheckpointError, match=r"lm_head\.weight and .* differ: set tie_embeddings to false"):
+                read(copy)
+    save_file(tensors | {"lm_head.weight": other}, copy / _WEIGHTS)
+    assert mamba_ssm.load(copy, {"model.tie_embeddings": False})[1]["head"][-1, -1] == other[-1, -1]
 
 
 def test_config_of_the_released_model():

@@ -42,8 +42,7 @@ def test_equals_a_loop_over_tokens(x64, theta):
     y, state = module.apply({"params": params}, u, documents)
     assert state is None
     expected = naive(jax.tree.map(np.asarray, params), u, documents, theta)
-    # JAX finds the softmax in float32 whatever the operands are.
-    tolerances.assert_close(y, expected, tolerances.rounding("float32", 13), "y")
+    tolerances.assert_close(y, expected, tolerances.rounding("float64", 13), "y")
 
 
 def test_a_long_piece_after_others_equals_the_whole(x64, monkeypatch):
@@ -58,8 +57,8 @@ def test_a_long_piece_after_others_equals_the_whole(x64, monkeypatch):
     whole, _ = module.apply(params, u, documents)
     first, state = module.apply(params, u[:, :3], documents[:, :3], attention.initial_state(CONFIG, 2, 15))
     rest, _ = module.apply(params, u[:, 3:], documents[:, 3:], state)
-    tolerances.assert_close(first, whole[:, :3], tolerances.rounding("float32", 13), "first")
-    tolerances.assert_close(rest, whole[:, 3:], tolerances.rounding("float32", 13), "rest")
+    tolerances.assert_close(first, whole[:, :3], tolerances.rounding("float64", 13), "first")
+    tolerances.assert_close(rest, whole[:, 3:], tolerances.rounding("float64", 13), "rest")
 
 
 def test_rotation_depends_on_distances_alone(x64):

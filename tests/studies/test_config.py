@@ -37,6 +37,16 @@ def test_lengths_that_alternate_and_numbers_of_pairs(small_study):
     assert [span.task("mqar_few").name for span in study.training_spans] == ["mqar_few_2", "mqar_few_4", "mqar_few_2"]
 
 
+def test_lengths_of_recall_are_even(small_study):
+    for key, value, label in (
+        ("train__stages", "13-16/2:6", "13-16/2"),
+        ("evaluation__lengths", "8/2,17/4", "17/4"),
+        ("grid__length_shifts", "mqar_few:1", "8/2"),
+    ):
+        with pytest.raises(ConfigError, match=f"= '{label}': expected (even|odd) lengths for mqar_few_[24]"):
+            small_study(**RECALL | {key: value})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -65,7 +65,8 @@ def _generate(
     random_blanks: bool,
 ) -> TaskBatch:
     length_key, key_key, value_key, gap_key, blank_key = jax.random.split(key, 5)
-    lengths = 2 * draw_lengths(length_key, batch_size, (shortest + 1) // 2, longest // 2)
+    # Traced lengths may be odd, as those of packed rows are: they count as the even ones below.
+    lengths = 2 * draw_lengths(length_key, batch_size, shortest // 2, longest // 2)
     keys = 1 + _distinct(key_key, batch_size, vocab_size // 2 - 1, pairs)
     values = vocab_size // 2 + _distinct(value_key, batch_size, vocab_size - vocab_size // 2, pairs)
     context = jnp.stack([keys, values], axis=2).reshape(batch_size, 2 * pairs)
@@ -95,7 +96,7 @@ def mqar(name: str, pairs: int, *, vocab_size: int = 8192, random_blanks: bool =
     """
     generate = partial(_generate, pairs=pairs, vocab_size=vocab_size, random_blanks=random_blanks)
     chance = 1 / (vocab_size - vocab_size // 2)
-    return Task(name, vocab_size, chance, 4 * pairs, lambda n: n, generate, answers=lambda n: pairs)
+    return Task(name, vocab_size, chance, 4 * pairs, lambda n: n, generate, answers=lambda n: pairs, even=True)
 
 
 _PAIRS = (4, 8, 16, 32, 64, 128, 256)

@@ -45,6 +45,7 @@ class Task:
       positions: number of input positions that a sequence of a given length takes.
       generate: (key, batch_size, shortest, longest, width) -> TaskBatch; call `sample` instead.
       answers: the most supervised positions that a sequence of a given length has.
+      even: whether all lengths are even.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     positions: Callable[[int], int]
     generate: Callable[[jax.Array, int, Length, Length, int], TaskBatch]
     answers: Callable[[int], int] = lambda n: 1
+    even: bool = False
 
     def sample(self, key: jax.Array, batch_size: int, shortest: Length, longest: Length, width: int) -> TaskBatch:
         """Draws a batch.
@@ -77,6 +79,8 @@ class Task:
         for name, length in known.items():
             if length < least:
                 raise ConfigError(f"task '{self.name}': {name} = {length}: expected at least {least}.")
+            if self.even and length % 2:
+                raise ConfigError(f"task '{self.name}': {name} = {length}: expected an even length.")
             least = length
         least = self.positions(known.get("longest", self.shortest))
         if width < least:

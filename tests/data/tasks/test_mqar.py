@@ -96,3 +96,13 @@ def test_gaps_keep_within_each_length():
 def test_too_short_for_the_pairs():
     with pytest.raises(ConfigError, match="task 'mqar_4': shortest = 14: expected at least 16"):
         TASKS["mqar_4"].sample(jax.random.key(0), 4, 14, 64, 64)
+
+
+def test_odd_lengths():
+    """Those that are traced, as lengths of packed rows are, count as the even ones below."""
+    for shortest, longest, message in ((17, 64, "shortest = 17"), (16, 63, "longest = 63")):
+        with pytest.raises(ConfigError, match=f"task 'mqar_4': {message}: expected an even length"):
+            TASKS["mqar_4"].sample(jax.random.key(0), 4, shortest, longest, 64)
+    traced, even = sample("mqar_blank_4", 0, 32, 17, 17), sample("mqar_blank_4", 0, 32, 16, 16, width=17)
+    for one, other in zip(traced, even, strict=True):
+        np.testing.assert_array_equal(one, other)
