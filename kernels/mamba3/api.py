@@ -7,7 +7,7 @@ import jax
 
 from ..choice import CannotRunHereError
 from ..gpu import no_triton_here, partitioned
-from . import reference, xla
+from . import across, reference, xla
 from .coefficients import ProjectionWeights, Rule, from_projection
 from .inputs import Sequence, Weights, check_inputs
 from .state import Mamba3State
@@ -50,6 +50,7 @@ def mamba3_scan(
     chunk_size: int | None = None,
     implementation: str | None = None,
     return_state: bool = False,
+    sequence_axis: str | None = None,
 ) -> jax.Array | tuple[jax.Array, Mamba3State]:
     """The Mamba-3 recurrence over a sequence (arXiv 2603.15569, Propositions 1 and 4; MIMO: appendix C).
 
@@ -81,6 +82,9 @@ def mamba3_scan(
         NVIDIA GPUs), "mosaic" (for Hopper GPUs and bfloat16, p 64, n up to 128, s up to 32, SISO and MIMO of rank 2
         and 4), or None for the fastest that can run here.
       return_state: also return the state after the last token. Its gradient costs time even where it is 0.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over whose devices the sequence is divided, each with a piece
+        of l tokens, in order. y is the piece's; initial_state and the state returned are those of the whole sequence,
+        the same on all devices. It takes two scans of the piece.
 
     Returns:
       y [b, l, h, p] in x's dtype, or (y, Mamba3State).
@@ -116,11 +120,15 @@ def mamba3_scan(
         case "triton":
             run = functools.partial(triton_scan.scan, chunk_size)
         case "mosaic":
-            state = initial_state
-            run = functools.partial(mosaic_scan.scan, chunk_size, return_state=return_state)
+            across_devices = sequence_axis is not None  # then states count, whoever asks for them
+            state = state if across_devices else initial_state
+            run = functools.partial(mosaic_scan.scan, chunk_size, return_state=return_state or across_devices)
         case _:
             raise _unknown(implementation)
-    y, state = run(seq, weights, state, segment_ids, norm_eps)
+    run = functools.partial(run, norm_eps=norm_eps)
+    if sequence_axis is not None:
+        run = functools.partial(across.scan, run, sequence_axis)
+    y, state = run(seq, weights, state, segment_ids)
     return (y, state) if return_state else y
 
 

@@ -89,11 +89,13 @@ def segments(case: Case) -> np.ndarray:
     return np.stack([np.searchsorted(cuts[row % 2], np.arange(case.l), side="right") for row in range(case.b)])
 
 
-def differentiated(**options) -> Callable[[dict, Mamba3State | None], dict[str, jax.Array]]:
+def differentiated(
+    scan: Callable = mamba3_scan, **options
+) -> Callable[[dict, Mamba3State | None], dict[str, jax.Array]]:
     """(arguments, state) → y, final state and the gradient of a random projection of all of them, by name."""
 
     def projection(args, state):
-        y, final = mamba3_scan(**args, initial_state=state, return_state=True, **options)
+        y, final = scan(**args, initial_state=state, return_state=True, **options)
         results = {"y": y, **{f"final.{name}": v for name, v in final._asdict().items()}}
         rng = np.random.default_rng(7)
         # The same cotangents in every dtype.
