@@ -169,10 +169,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices: batch over data * fsdp, parameters and optimizer state over fsdp."""
+    """Devices: batch over data * fsdp, parameters and optimizer state over fsdp, every sequence over sequence."""
 
-    data: int = -1  # -1 = all devices that fsdp leaves
+    data: int = -1  # -1 = all devices that the others leave
     fsdp: int = 1
+    sequence: int = 1
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,8 @@ def _check_rest(config: Config) -> None:
     require(ckpt.every >= 1, "checkpoint.every", ckpt.every, "at least 1")
     require(ckpt.keep >= 1, "checkpoint.keep", ckpt.keep, "at least 1")
     require(ckpt.keep_every >= 0, "checkpoint.keep_every", ckpt.keep_every, "at least 0")
-    require(mesh.fsdp >= 1, "mesh.fsdp", mesh.fsdp, "at least 1")
+    for name in ("fsdp", "sequence"):
+        require(getattr(mesh, name) >= 1, f"mesh.{name}", getattr(mesh, name), "at least 1")
     require(mesh.data == -1 or mesh.data >= 1, "mesh.data", mesh.data, "-1 or at least 1")
 
 

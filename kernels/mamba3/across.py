@@ -35,6 +35,16 @@ class _Piece(NamedTuple):
     whole: jax.Array | None  # [b], whether all between is that document, too
 
 
+def check_axis(axis: str) -> None:
+    """Raises ValueError for an axis that there is none of here."""
+    try:
+        jax.lax.axis_size(axis)
+    except NameError as error:
+        raise ValueError(
+            f"sequence_axis = {axis!r}; expected a mesh axis of the jax.shard_map in which mamba3_scan is called."
+        ) from error
+
+
 def scan(
     run: Callable[..., tuple[jax.Array, Mamba3State]],
     axis: str,

@@ -91,7 +91,7 @@ def mamba3_scan(
 
     Raises:
       ValueError: a shape that does not fit (the argument is named), a chunk size under 1, an unknown implementation or
-        one that cannot run here (with the reason).
+        one that cannot run here (with the reason), an axis that no `jax.shard_map` around has.
       TypeError: an argument that is not floating point.
     """
     seq = Sequence(x, dt, a, b, c, lam, omega, z)
@@ -100,6 +100,8 @@ def mamba3_scan(
     rank = b.shape[2]
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size}; expected at least 1.")
+    if sequence_axis is not None:
+        across.check_axis(sequence_axis)
     state = initial_state
     if state is None:
         state = Mamba3State.zeros(x.shape[0], x.shape[2], x.shape[3], b.shape[-1], rank, omega.shape[-1], x.dtype)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import Mamba3State, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, mamba3_step
 from m3jax.models import short_conv
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import Normed, RMSNorm
-from m3jax.models.own_rows import on_own_rows
+from m3jax.models.scan_on_mesh import scan_on_mesh
 from m3jax.models.step_size import dt_bias_init, log_decay_rate_init
 
 
@@ -66,26 +66,10 @@ class Mamba2Mixer(nn.Module):
         if u.ndim == 2:
             y, scan_state = mamba3_step(**seq, d=d, state=scan_state, implementation=m.scan_implementation)
         else:
-            y, scan_state = self._scan(seq, d, segment_ids, scan_state)
+            y, scan_state = scan_on_mesh(m, seq | {"segment_ids": segment_ids}, {"d": d}, scan_state)
         y = RMSNorm(jnp.dtype(m.dtype), jnp.dtype(m.param_dtype), name="norm")(y.reshape(*lead, m.d_inner))
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y, residual)
         return out, None if state is None else Mamba2State(conv_state, scan_state)
-
-    def _scan(
-        self, seq: dict, d: jax.Array, segment_ids: jax.Array | None, state: Mamba3State | None
-    ) -> tuple[jax.Array, Mamba3State | None]:
-        m = self.config
-        options = {"implementation": m.scan_implementation, "chunk_size": m.chunk_size}
-
-        def scan(rows: dict, shared: dict) -> jax.Array | tuple[jax.Array, Mamba3State]:
-            return mamba3_scan(**rows, **shared, **options, return_state=state is not None)
-
-        rows = seq | {"segment_ids": segment_ids, "initial_state": state}
-        result = on_own_rows(scan, rows, {"d": d})
-        if state is None:
-            return result, None
-        y, state = result
-        return y, state.stored_in(m.state_dtype, m.state_dtype)
 
 
 def initial_state(config: ModelConfig, batch: int, capacity: int) -> Mamba2State:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from m3jax.config import ModelConfig
-from m3jax.kernels import Mamba3State, mamba3_coefficients, mamba3_projected_step, mamba3_scan, mamba3_step
+from m3jax.kernels import Mamba3State, mamba3_coefficients, mamba3_projected_step, mamba3_step
 from m3jax.models.linear import Linear, closing_gain
 from m3jax.models.norm import EPSILON, Normed, Scale
-from m3jax.models.own_rows import on_own_rows
 from m3jax.models.rotary import standard_rates
+from m3jax.models.scan_on_mesh import scan_on_mesh
 from m3jax.models.step_size import dt_bias_init
 
 _ROPE_BASE = 10_000.0
@@ -65,18 +65,8 @@ class Mamba3Mixer(nn.Module):
         elif u.ndim == 2:
             y, state = mamba3_step(**self._coefficients(u, own), state=state, **weights, **options)
         else:
-            options |= {"chunk_size": m.chunk_size, "return_state": state is not None}
-
-            def scan(rows: dict, shared: dict) -> jax.Array | tuple[jax.Array, Mamba3State]:
-                return mamba3_scan(**rows, **shared, **options)
-
-            rows = self._coefficients(u, own) | {"segment_ids": segment_ids, "initial_state": state}
-            result = on_own_rows(scan, rows, weights)
-            if state is None:
-                y = result
-            else:
-                y, state = result
-                state = state.stored_in(m.state_dtype, m.state_dtype)
+            seq = self._coefficients(u, own) | {"segment_ids": segment_ids}
+            y, state = scan_on_mesh(m, seq, weights, state, norm_eps=EPSILON)
         y = y.reshape(*u.shape[:-1], m.d_inner)
         (out,) = Linear(m, (m.d_model,), closing_gain(m), name="out_proj")(y, residual)
         return out, state

@@ -1,6 +1,7 @@
-"""Where arrays live: a mesh of axes data and fsdp, batches split over both, parameters and optimizer state over fsdp.
+"""Where arrays live: a mesh of axes data, fsdp and sequence; batches are split over the first two, their sequences over
+the third, parameters and optimizer state over fsdp.
 
-One device is the 1 x 1 mesh of the same code, and several hosts are the same mesh over all their devices: each
+One device is the 1 x 1 x 1 mesh of the same code, and several hosts are the same mesh over all their devices: each
 process feeds its own rows of the batch.
 """
 
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from m3jax.config import Config
 from m3jax.errors import ConfigError
+from m3jax.models.own_rows import SEQUENCE_AXIS
 
 PyTree = Any
 
@@ -25,23 +27,30 @@ def make_mesh(config: Config) -> Mesh:
     """Lays the devices out as config.mesh asks.
 
     Raises:
-      ConfigError: more devices asked for than there are, or a batch that they do not divide.
+      ConfigError: more devices asked for than there are, or a batch or sequence that they do not divide.
     """
-    devices, fsdp = jax.devices(), config.mesh.fsdp
-    data = config.mesh.data if config.mesh.data > 0 else max(len(devices) // fsdp, 1)
-    asked = data * fsdp
+    devices, fsdp, pieces = jax.devices(), config.mesh.fsdp, config.mesh.sequence
+    data = config.mesh.data if config.mesh.data > 0 else max(len(devices) // (fsdp * pieces), 1)
+    asked = data * fsdp * pieces
     if asked > len(devices) or (jax.process_count() > 1 and asked != len(devices)):
         raise ConfigError(
-            f"config.mesh.data = {data} times config.mesh.fsdp = {fsdp} is {asked} devices: there are {len(devices)}."
+            f"config.mesh.data = {data} times fsdp = {fsdp} times sequence = {pieces} is {asked} devices: "
+            f"there are {len(devices)}."
         )
     rows = config.data.batch_size // config.train.grad_accumulation
-    if rows % asked:
+    if rows % (data * fsdp):
         raise ConfigError(
             f"config.data.batch_size = {config.data.batch_size} in {config.train.grad_accumulation} microbatches "
-            f"(train.grad_accumulation) is {rows} sequences at a time: expected a multiple of the {asked} devices. "
-            "Change one of them, or set mesh.data to use fewer devices."
+            f"(train.grad_accumulation) is {rows} sequences at a time: expected a multiple of the {data * fsdp} "
+            "devices that share a batch. Change one of them, or set mesh.data to use fewer devices."
         )
-    return jax.make_mesh((data, fsdp), BATCH_AXES, (AxisType.Auto, AxisType.Auto), devices=devices[:asked])
+    if config.data.sequence_length % pieces or jax.local_device_count() % pieces:
+        raise ConfigError(
+            f"config.mesh.sequence = {pieces}: expected a divisor of data.sequence_length = "
+            f"{config.data.sequence_length} and of a host's {jax.local_device_count()} devices."
+        )
+    axes = *BATCH_AXES, SEQUENCE_AXIS
+    return jax.make_mesh((data, fsdp, pieces), axes, 3 * (AxisType.Auto,), devices=devices[:asked])
 
 
 def state_shardings(abstract_state: PyTree, mesh: Mesh) -> PyTree:
@@ -74,8 +83,8 @@ def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: its rows over all devices."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    """Returns the sharding of a batch: its rows, and pieces of these."""
+    return NamedSharding(mesh, P(BATCH_AXES, SEQUENCE_AXIS))
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from m3jax.config import Config
 from m3jax.models.language_model import LanguageModel
+from m3jax.models.own_rows import SEQUENCE_AXIS
 from m3jax.training.loss import linear_cross_entropy
 from m3jax.training.optimizer import make_optimizer
 from m3jax.training.schedule import make_schedule
@@ -106,16 +107,18 @@ def make_train_step(config: Config, model: LanguageModel, mesh: Mesh) -> Callabl
 def make_loss(config: Config, model: LanguageModel, mesh: Mesh) -> LossFunction:
     """Builds `loss(params, batch)`: the sum over tokens of weight times -log p(target), float32 [].
 
-    Each device reduces its own rows, `train.loss_chunk` tokens at a time, so that the head's gradient crosses devices
+    Each device reduces its own tokens, `train.loss_chunk` tokens at a time, so that the head's gradient crosses devices
     once and not once per chunk.
     """
 
     def local_sum(hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         return linear_cross_entropy(hidden, embedding, targets, weights, chunk=config.train.loss_chunk)[None]
 
-    rows = P(BATCH_AXES)
+    pieces = P(BATCH_AXES, SEQUENCE_AXIS)
+    sums = P((*BATCH_AXES, SEQUENCE_AXIS))
     # The loss carries sums over the rows through a scan from constant zeros, which the check takes for replicated.
-    local_sums = jax.shard_map(local_sum, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=rows, check_vma=False)
+    given = pieces, P(), pieces, pieces
+    local_sums = jax.shard_map(local_sum, mesh=mesh, in_specs=given, out_specs=sums, check_vma=False)
 
     def loss(params: PyTree, batch: Batch) -> jax.Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

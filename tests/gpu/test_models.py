@@ -39,14 +39,15 @@ def test_a_row_of_a_step_is_bit_for_bit_that_row_among_others(rank):
 
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_kernels_on_a_mesh(model):
-    """Training on two GPUs, each with its rows, gives what one gives, and by kernels."""
+    """Training on two GPUs, each with its rows or its pieces of them, gives what one gives, and by kernels."""
     gpus = os.environ["M3JAX_TEST_GPUS"].split(",")
     if len(gpus) < 2:
         pytest.skip("needs two GPUs")
     with ThreadPoolExecutor() as pool:
-        one, *two = pool.map(_train_on, (gpus[:1], gpus[:2], gpus[:2]), 3 * [model], ("data", "data", "fsdp"))
+        axes = ("data", "fsdp", "sequence")
+        one, *two = pool.map(_train_on, (gpus[:1], *3 * [gpus[:2]]), 4 * [model], ("data", *axes))
     hopper = compute_capability() == 90
-    for run, axis in zip(two, ("data", "fsdp"), strict=True):
+    for run, axis in zip(two, axes, strict=True):
         assert "triton_kernel_call" in run["kernels"] and ("mosaic_gpu" in run["kernels"] or not hopper)
         assert run["kernels"] == one["kernels"]
         exact = tolerances.rounding("float32", ROWS * LENGTH)

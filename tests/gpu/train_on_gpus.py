@@ -2,8 +2,8 @@
 
 python tests/gpu/train_on_gpus.py MODEL AXIS
 
-MODEL is one of MODELS; AXIS data, for a copy of the parameters on each GPU, or fsdp, for a share. A process of its own,
-as those of the suite see one GPU each.
+MODEL is one of MODELS; AXIS data, for a copy of the parameters on each GPU, fsdp, for a share, or sequence, for pieces
+of every sequence. A process of its own, as those of the suite see one GPU each.
 """
 
 import json

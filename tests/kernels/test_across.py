@@ -49,12 +49,10 @@ def _compare(case: Case, dtype: str, segment_ids=None, implementation: str = "xl
         if name == "final.angle":
             tolerances.assert_phase_close(value, expected[name], tolerances.rounding(dtype, case.l), name)
         else:
-            tolerances.assert_close(
-                value, expected[name], tolerances.rounding(dtype, case.n * case.r * case.l), name
-            )
+            tolerances.assert_close(value, expected[name], tolerances.rounding(dtype, case.n * case.r * case.l), name)
 
 
-@pytest.mark.parametrize("case", [SISO, MIMO, dataclasses.replace(SISO, bare=True, s=0)], ids=["siso", "mimo", "bare"])
+@pytest.mark.parametrize("case", [SISO, MIMO, dataclasses.replace(SISO, bare=True)], ids=["siso", "mimo", "bare"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_matches_the_whole_scan(case, dtype, x64):
     _compare(case, dtype)
@@ -65,6 +63,11 @@ def test_documents(implementation, x64):
     """In pieces of 6: one that ends with a piece, two in one piece, one over three pieces, an id that comes again."""
     ids = np.array([[5] * 6 + [6] * 2 + [7] * 2 + [8] * 14, [3] * 4 + [4] * 14 + [3] * 6])
     _compare(SISO, "float64", jnp.asarray(ids), implementation)
+
+
+def test_axis_that_is_not_there():
+    with pytest.raises(ValueError, match=r"sequence_axis = 'sequence'; expected a mesh axis of the jax\.shard_map"):
+        mamba3_scan(**make(SISO, "float32"), sequence_axis="sequence")
 
 
 def test_pieces_of_one_token(x64):
