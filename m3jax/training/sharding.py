@@ -35,7 +35,7 @@ def make_mesh(config: Config) -> Mesh:
     if asked > len(devices) or (jax.process_count() > 1 and asked != len(devices)):
         raise ConfigError(
             f"config.mesh.data = {data} times fsdp = {fsdp} times sequence = {pieces} is {asked} devices: "
-            f"there are {len(devices)}."
+            f"there are {len(devices)}. Change one of them, as with --config.mesh.fsdp=1."
         )
     rows = config.data.batch_size // config.train.grad_accumulation
     if rows % (data * fsdp):

@@ -9,7 +9,7 @@ import pytest
 
 from m3jax.config import ModelConfig
 from m3jax.kernels import mamba3_scan
-from m3jax.models import mamba3
+from m3jax.models import mamba3, scan_on_mesh
 from m3jax.models.mamba3 import Mamba3Mixer, projection_widths
 from m3jax.training.flops import forward_flops_per_token
 from tests import tolerances
@@ -110,7 +110,7 @@ def test_standard_rotation_turns_by_position_and_says_nothing_to_the_step_size(x
         return y, gradients
 
     y, gradients = outputs_and_gradients()
-    monkeypatch.setattr(mamba3, "mamba3_scan", scan_of_turned)
+    monkeypatch.setattr(scan_on_mesh, "mamba3_scan", scan_of_turned)
     expected_y, expected = outputs_and_gradients()
     tolerances.assert_close(y, expected_y, TOLERANCE, "y")
     jax.tree_util.tree_map_with_path(
