@@ -65,7 +65,8 @@ def scan(
     """
     acc = accumulator_dtype(seq.x)
     state = Mamba3State(*(v.astype(acc) for v in state[:3]), state.x.astype(seq.x.dtype))
-    _, end = run(seq, weights, jax.tree.map(jnp.zeros_like, state), segment_ids)
+    # Made again in the backward: its residuals would be as many as those of the scan below.
+    _, end = jax.checkpoint(run)(seq, weights, jax.tree.map(jnp.zeros_like, state), segment_ids)
     pieces = jax.lax.all_gather(_piece(end, seq, segment_ids, acc), axis)
     before = state, None if segment_ids is None else pieces.first[0]
     (final, _), entering = jax.lax.scan(functools.partial(_pass, weights), before, pieces)
