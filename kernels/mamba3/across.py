@@ -5,7 +5,8 @@ A piece's tokens, from the zero state, leave H_0, and turn by φ_0 in all. From 
     e^{Σ Δ A} (H + (1 - λ_1) Δ_1 Σ_r x_r ⊗ B_r) + R(φ) H_0        φ + φ_0        R(φ) B_0
 
 where R turns pairs of coordinates of n. So every device scans its piece once from zero, tells the others what that
-left, finds by these lines from which state its piece begins, and scans again: twice the work of a scan, divided.
+left, finds by these lines from which state its piece begins, and scans again: twice the work of a scan, divided, and
+three times forward where gradients are taken.
 """
 
 import functools

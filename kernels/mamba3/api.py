@@ -84,7 +84,7 @@ def mamba3_scan(
       return_state: also return the state after the last token. Its gradient costs time even where it is 0.
       sequence_axis: inside `jax.shard_map`, the mesh axis over whose devices the sequence is divided, each with a piece
         of l tokens, in order. y is the piece's; initial_state and the state returned are those of the whole sequence,
-        the same on all devices. It takes two scans of the piece.
+        the same on all devices. It takes two scans of the piece. The shard_map needs check_vma=False.
 
     Returns:
       y [b, l, h, p] in x's dtype, or (y, Mamba3State).

@@ -172,12 +172,12 @@ class Session:
             config = from_values(ModelConfig, json.loads(about["model"]))
             stored_capacity, session_length = json.loads(about["capacity"]), int(about["length"])
             unread = tensors["unread"]
+            _check_meaning(path, config, model.config)
             if len(unread):
                 check_prompts([unread], model.config.vocab_size)
             expected = jax.eval_shape(lambda: model.initial_state(1, stored_capacity or 1))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
-        _check_meaning(path, config, model.config)
         _check_shapes(path, tensors, _named(expected), model.config.vocab_size)
         capacity = stored_capacity if capacity is None else capacity
         if needs_room(model) and capacity < session_length:

@@ -56,7 +56,13 @@ def evaluate(eval_step: Callable, params: PyTree, validation: HeldOut, limit: in
 
     """
     batches = ({name: _own_rows(rows) for name, rows in batch.items()} for batch in validation.batches(limit or None))
-    sums = [eval_step(params, shard_batch(batch, mesh)) for batch in batches]
+    sums, running = [], None
+    for batch in batches:
+        # One batch at a time and the next: simulated devices wait for one another forever where many are started.
+        started = eval_step(params, shard_batch(batch, mesh))
+        sums += [] if running is None else [jax.device_get(running)]
+        running = started
+    sums.append(jax.device_get(running))
     nll, tokens = (math.fsum(map(float, values)) for values in zip(*sums, strict=True))
     loss = nll / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -44,10 +44,15 @@ def make_mesh(config: Config) -> Mesh:
             f"(train.grad_accumulation) is {rows} sequences at a time: expected a multiple of the {data * fsdp} "
             "devices that share a batch. Change one of them, or set mesh.data to use fewer devices."
         )
-    if config.data.sequence_length % pieces or jax.local_device_count() % pieces:
+    if config.data.sequence_length % pieces:
         raise ConfigError(
             f"config.mesh.sequence = {pieces}: expected a divisor of data.sequence_length = "
-            f"{config.data.sequence_length} and of a host's {jax.local_device_count()} devices."
+            f"{config.data.sequence_length}."
+        )
+    if jax.process_count() > 1 and jax.local_device_count() % pieces:  # each feeds whole sequences
+        raise ConfigError(
+            f"config.mesh.sequence = {pieces}: expected a divisor of the {jax.local_device_count()} devices that each "
+            "process has."
         )
     axes = *BATCH_AXES, SEQUENCE_AXIS
     return jax.make_mesh((data, fsdp, pieces), axes, 3 * (AxisType.Auto,), devices=devices[:asked])

@@ -128,6 +128,7 @@ def test_stop_tokens_and_on_token_end_a_turn_and_errors_change_nothing(session):
         (dict(attention_kv_heads=None), "attention_kv_heads = 2, expected None"),
         (dict(d_state=16), "a session of another model: d_state = 8, expected 16"),
         (dict(state_dtype="float32"), "a session of another model: state_dtype = 'bfloat16', expected 'float32'"),
+        (dict(vocab_size=max(PROMPT)), f"a session of another model: vocab_size = 61, expected {max(PROMPT)}"),
     ],
 )
 def test_session_of_another_model_is_refused(session, params, tmp_path, change, message):

@@ -53,6 +53,25 @@ def test_limit_takes_the_first_batches(small_config):
     assert result.bytes == round(first_two / validation.n_tokens * validation.n_bytes)
 
 
+def test_few_batches_are_on_their_way(small_config, monkeypatch):
+    """Simulated devices wait for one another forever where many programs are started."""
+    config = small_config()
+    validation, fetch, counts = open_validation(config, load_tokenizer("bytes")), jax.device_get, {"now": 0, "most": 0}
+
+    def eval_step(params, batch):
+        counts["now"] += 1
+        counts["most"] = max(counts["most"], counts["now"])
+        return batch["weights"].sum(), batch["weights"].sum()
+
+    def fetched(v):
+        counts["now"] -= 1
+        return fetch(v)
+
+    monkeypatch.setattr(jax, "device_get", fetched)
+    result = evaluate(eval_step, None, validation, 5, make_mesh(config))
+    assert result.loss == 1 and counts == {"now": 0, "most": 2}
+
+
 def test_text_of_unknown_size_has_no_bits_per_byte():
     result = Evaluation(loss=1.0, perplexity=math.e, tokens=1000, bytes=None, bits_per_byte=None)
     assert str(result) == "loss 1.0000, perplexity 2.718 (1,000 tokens)"
