@@ -7,7 +7,7 @@ python -m m3jax.train --config configs/180m_mamba2.py
 Mixer of arXiv 2405.21060 with heads of 64 and a state of 128, as Mamba-3's. MLP 1536 wide as there: 0.37 % fewer
 parameters. Data as there.
 
-Not run yet.
+Run so far: on bytes with a small budget, beside the others of its size (docs/models.md).
 """
 
 import runpy
