@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.latency.arguments import parse_on_gpu
 from experiments.latency.step import TOLERANCE, layers_of, microseconds, relative_error, time_copy, triton_copy
 from m3jax.circumstances import circumstances
 from m3jax.kernels.cached_attention import triton_step, xla
 from m3jax.kernels.cached_attention.triton_step import Tiling
-from m3jax.kernels.gpu import no_triton_here
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 64  # configs/1b_transformer.py
 ROUNDS, CALLS = 20, 5
@@ -178,9 +178,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="OUT")
     parser.add_argument("--commit", help="what is measured, for the record")
     parser.add_argument("--tiling", nargs=4, type=int, action="append", default=[])
-    options = parser.parse_args()
-    if reason := no_triton_here():
-        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
+    options = parse_on_gpu(parser)
     report = circumstances(options.commit) | {"step": {}}
     began = time.perf_counter()
     for shape in SHAPES:

@@ -29,12 +29,12 @@ import triton
 import triton.language as tl
 
 from experiments.latency import engine
+from experiments.latency.arguments import parse_on_gpu
 from experiments.latency.scan import ceilings
 from experiments.latency.step import TOLERANCE, layers_of, microseconds, relative_error, time_copy
 from m3jax.circumstances import circumstances
 from m3jax.kernels.few_rows import Sums, triton_product, triton_rows, xla
 from m3jax.kernels.few_rows.form import Form
-from m3jax.kernels.gpu import no_triton_here
 from m3jax.kernels.rms_norm import rms_norm
 from m3jax.kernels.triton_launch import launch
 from m3jax.models import linear
@@ -278,9 +278,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="the batch")
     parser.add_argument("--tiling", nargs="+", type=int, action="append", default=[])
     parser.add_argument("--models", nargs="*", default=["siso", "mimo"], choices=list(engine.MODELS))
-    options = parser.parse_args()
-    if reason := no_triton_here():
-        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
+    options = parse_on_gpu(parser)
     report = circumstances(options.commit) | {"rows": options.rows, "whole": {}}
 
     def save(rows: dict[str, dict]) -> None:

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.latency.arguments import parse_on_gpu
 from experiments.latency.step import TOLERANCE, layers_of, relative_error, time_copy, time_step, triton_copy
 from m3jax.circumstances import circumstances
 from m3jax.kernels import gated_delta_step
 from m3jax.kernels.gated_delta import triton_step
 from m3jax.kernels.gated_delta.inputs import Sequence
-from m3jax.kernels.gpu import no_triton_here
 
 HEADS, KEYS, VALUES = 16, 128, 256  # configs/1b_gdn.py
 UNIT_EPS = 1e-6
@@ -67,9 +67,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32, 128])
     parser.add_argument("--state-dtypes", nargs="*", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--tiling", nargs=3, type=int, action="append", default=[])
-    options = parser.parse_args()
-    if reason := no_triton_here():
-        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
+    options = parse_on_gpu(parser)
     steps = {"triton": step_of("triton"), "xla": step_of("xla")}
     for tiling in options.tiling:
         own = triton_step.Tiling(*tiling)

@@ -25,9 +25,9 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from experiments.latency.arguments import parse_on_gpu
 from m3jax.circumstances import circumstances
 from m3jax.kernels import Mamba3State
-from m3jax.kernels.gpu import no_triton_here
 from m3jax.kernels.mamba3 import reference
 from m3jax.kernels.mamba3.inputs import Sequence, Weights
 from m3jax.kernels.mamba3.triton import step as triton_step
@@ -249,9 +249,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, for the record")
     parser.add_argument("--implementations", nargs="*", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 32, 128])
-    options = parser.parse_args()
-    if reason := no_triton_here():
-        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
+    options = parse_on_gpu(parser)
     report = circumstances(options.commit) | {"errors": {}, "phase": {}, "step": {}}
     for name in options.implementations:
         step = IMPLEMENTATIONS[name]

@@ -26,6 +26,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 import jax
 import jax.numpy as jnp
 
+from experiments.latency.arguments import parse_on_gpu
 from experiments.latency.scan import (
     CHECKED_LENGTHS,
     SHAPES,
@@ -37,7 +38,6 @@ from experiments.latency.scan import (
     time_repeats,
 )
 from m3jax.kernels import mamba3_scan
-from m3jax.kernels.gpu import no_triton_here
 from m3jax.kernels.mamba3.inputs import Sequence
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton.op import Plan
@@ -188,9 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    options = parser.parse_args()
-    if reason := no_triton_here():
-        parser.error(f"{reason}; the kernels need an NVIDIA GPU")
+    options = parse_on_gpu(parser)
     table = json.loads(plans.TABLE.read_text())
     own = table.setdefault(jax.local_devices()[0].device_kind, {})
     began = time.perf_counter()

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ..decay import min_log_decay
+from ..documents import continues_document
 from .inputs import Sequence, Weights, accumulator_dtype
 from .readout import per_rank
 from .rotary import rotate, wrap_angle
@@ -65,7 +66,7 @@ def scan(
       segment_ids: of the piece, [b, l].
     """
     acc = accumulator_dtype(seq.x)
-    state = Mamba3State(*(v.astype(acc) for v in state[:3]), state.x.astype(seq.x.dtype))
+    state = state.accumulating(acc, seq.x.dtype)
     # Made again in the backward: its residuals would be as many as those of the scan below.
     _, end = jax.checkpoint(run)(seq, weights, jax.tree.map(jnp.zeros_like, state), segment_ids)
     pieces = jax.lax.all_gather(_piece(end, seq, segment_ids, acc), axis)
@@ -81,7 +82,7 @@ def _piece(end: Mamba3State, seq: Sequence, segment_ids: jax.Array | None, acc: 
     dt, a, lam = (v.astype(acc) for v in (seq.dt, seq.a, seq.lam))
     documents = None, None, None
     if segment_ids is not None:
-        documents = segment_ids[:, 0], segment_ids[:, -1], jnp.all(segment_ids[:, 1:] == segment_ids[:, :-1], axis=1)
+        documents = segment_ids[:, 0], segment_ids[:, -1], jnp.all(continues_document(segment_ids), axis=1)
     log_decay = jnp.sum(jnp.maximum(dt * a, min_log_decay(acc)), axis=1)
     return _Piece(end, log_decay, (1 - lam[:, 0]) * dt[:, 0], *documents)
 

@@ -79,7 +79,7 @@ def scan(
 
     inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (seq, starts))
     acc = accumulator_dtype(seq.x)
-    state = Mamba3State(*(v.astype(acc) for v in state[:3]), state.x.astype(seq.x.dtype))
+    state = state.accumulating(acc, seq.x.dtype)
     state, y = jax.lax.scan(body, state, inputs)
     return jnp.moveaxis(y, 0, 1), state
 

@@ -34,6 +34,10 @@ class Mamba3State(NamedTuple):
             x=jnp.zeros((batch, heads, headdim), x_dtype),
         )
 
+    def accumulating(self, acc: jnp.dtype, x_dtype: jnp.dtype) -> "Mamba3State":
+        """In the dtypes of the state after a token: `acc`, and x in that of the inputs."""
+        return Mamba3State(*(v.astype(acc) for v in self[:3]), self.x.astype(x_dtype))
+
     def stored_in(self, ssm_dtype: jnp.dtype, b_dtype: jnp.dtype) -> "Mamba3State":
         """With H and B in these dtypes; a narrow φ would lose the token's turn."""
         return self._replace(ssm=self.ssm.astype(ssm_dtype), b=self.b.astype(b_dtype))

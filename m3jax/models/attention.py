@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from m3jax.config import ModelConfig, round_up
 from m3jax.kernels import cached_attention_step
 from m3jax.kernels.cached_attention import xla
-from m3jax.kernels.documents import number_documents
+from m3jax.kernels.documents import continues_document, number_documents
 from m3jax.kernels.products import operand_dtype
 from m3jax.models import document_attention
 from m3jax.models.linear import Linear, closing_gain
@@ -117,8 +117,7 @@ def _document_starts(segment_ids: jax.Array | None, position: jax.Array, first: 
     """Where the document of each token starts, [b, l]; that of the first ones at `first`, [b, l] too."""
     if segment_ids is None:
         return first
-    changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return jax.lax.cummax(jnp.where(changed, position, first), axis=1)
+    return jax.lax.cummax(jnp.where(continues_document(segment_ids), first, position), axis=1)
 
 
 def _fused(q: jax.Array, masked: bool) -> bool:

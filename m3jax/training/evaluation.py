@@ -1,5 +1,6 @@
 """Held-out loss, perplexity and bits per byte."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -56,13 +57,9 @@ def evaluate(eval_step: Callable, params: PyTree, validation: HeldOut, limit: in
 
     """
     batches = ({name: _own_rows(rows) for name, rows in batch.items()} for batch in validation.batches(limit or None))
-    sums, running = [], None
-    for batch in batches:
-        # One batch at a time and the next: simulated devices wait for one another forever where many are started.
-        started = eval_step(params, shard_batch(batch, mesh))
-        sums += [] if running is None else [jax.device_get(running)]
-        running = started
-    sums.append(jax.device_get(running))
+    started = itertools.chain((eval_step(params, shard_batch(batch, mesh)) for batch in batches), [None])
+    # Read once the next one is started, not later: simulated devices wait for one another forever where many are.
+    sums = [jax.device_get(result) for result, _ in itertools.pairwise(started)]
     nll, tokens = (math.fsum(map(float, values)) for values in zip(*sums, strict=True))
     loss = nll / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf

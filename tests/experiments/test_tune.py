@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("jax_triton", exc_type=ImportError)
 
-from experiments.latency import tune
+from experiments.latency import arguments, tune
 from m3jax.kernels.mamba3.triton import plans
 from m3jax.kernels.mamba3.triton.op import Plan
 
@@ -147,7 +147,7 @@ def test_the_table_is_rewritten(timed, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tune.main()
     assert "error: the default device is a cpu; the kernels need an NVIDIA GPU" in capsys.readouterr().err
-    monkeypatch.setattr(tune, "no_triton_here", lambda: None)
+    monkeypatch.setattr(arguments, "no_triton_here", lambda: None)
     tune.main()
     written = json.loads(table.read_text())
     assert written.keys() == {"other", "cpu"} and written["other"] == {"bucket": {"plan": {}, "ms": 1.0}}

@@ -243,7 +243,7 @@ def default_tiling(rank: int, headdim: int, d_state: int, ssm_dtype: jnp.dtype) 
 
 
 def heads_ahead(ssm: jax.ShapeDtypeStruct) -> int:
-    """By how many programs later is the one whose state a program calls into the cache, of states [b, h, p, n]."""
+    """Each program calls the state of the one so many after it into the cache, of states [b, h, p, n]; 0: none does."""
     head_bytes = math.prod(ssm.shape[2:]) * ssm.dtype.itemsize
     aligned = head_bytes % 16 == 0  # as the instruction wants it
     if gpu.compute_capability() < _CALLING_CAPABILITY or not aligned or ssm.size * ssm.dtype.itemsize < _LEAST_AHEAD:
